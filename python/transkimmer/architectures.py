@@ -1,0 +1,127 @@
+"""The one table that says, per architecture, where the parts of a post-LayerNorm encoder live.
+
+Adding an architecture is adding a row; nothing else in the package knows a model's attribute names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Attribute paths of one encoder; those from `query` on are relative to a layer."""
+
+    encoder: str  # from the base model
+    layers: Callable[[nn.Module], list[nn.Module]]
+    query: str
+    key: str
+    value: str
+    out: str
+    norm1: str
+    ffn_in: str
+    activation: str
+    ffn_out: str
+    norm2: str
+    attention_dropout: str | None  # after the attention's output projection
+    ffn_dropout: str | None  # after the FFN's output projection
+    input_projection: str | None = None  # from the encoder, applied to the embeddings
+    output: type = BaseModelOutput
+
+
+def _albert_layers(encoder: Any) -> list[nn.Module]:
+    """Layers in order of application; ALBERT applies the same few again and again."""
+    config = encoder.config
+    groups = encoder.albert_layer_groups
+    per_group = config.num_hidden_layers / config.num_hidden_groups
+    return [layer for i in range(config.num_hidden_layers) for layer in groups[int(i / per_group)].albert_layers]
+
+
+_BERT = Architecture(
+    encoder="encoder",
+    layers=lambda encoder: list(encoder.layer),
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    out="attention.output.dense",
+    norm1="attention.output.LayerNorm",
+    ffn_in="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    ffn_out="output.dense",
+    norm2="output.LayerNorm",
+    attention_dropout="attention.output.dropout",
+    ffn_dropout="output.dropout",
+    output=BaseModelOutputWithPastAndCrossAttentions,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Architecture(
+        encoder="transformer",
+        layers=lambda encoder: list(encoder.layer),
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        out="attention.out_lin",
+        norm1="sa_layer_norm",
+        ffn_in="ffn.lin1",
+        activation="ffn.activation",
+        ffn_out="ffn.lin2",
+        norm2="output_layer_norm",
+        attention_dropout=None,
+        ffn_dropout="ffn.dropout",
+    ),
+    "albert": Architecture(
+        encoder="encoder",
+        layers=_albert_layers,
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        out="attention.dense",
+        norm1="attention.LayerNorm",
+        ffn_in="ffn",
+        activation="activation",
+        ffn_out="ffn_output",
+        norm2="full_layer_layer_norm",
+        attention_dropout="attention.output_dropout",
+        ffn_dropout=None,
+        input_projection="embedding_hidden_mapping_in",
+    ),
+}
+
+# Heads that read nothing but the first token of a sequence.
+_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """The row for `model`; ValueError if there is none, or if the model is not a plain encoder."""
+    model_type = model.config.model_type
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model: {type(model).__name__} is of type {model_type!r}; skimming knows {', '.join(ARCHITECTURES)}"
+        )
+    for flag in ("is_decoder", "add_cross_attention"):
+        if getattr(model.config, flag, False):
+            raise ValueError(f"model: config.{flag} is set; only encoders can skim")
+    return ARCHITECTURES[model_type]
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module:
+    return get(model.base_model, architecture_of(model).encoder)
+
+
+def reads_first_token_only(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
+
+
+def get(module: nn.Module, path: str) -> Any:
+    """The part of `module` at a dotted path."""
+    return functools.reduce(getattr, path.split("."), module)

@@ -1,0 +1,205 @@
+"""The encoder of a skimming model: a class that an existing encoder instance is switched to, weights and all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from transkimmer_kernels import Ragged, kernel_set
+from transkimmer_kernels.runtime import Trace, run_encoder
+
+from .architectures import ARCHITECTURES, Architecture, get
+from .config import SkimConfig
+from .policies import PredictorPolicy, SchedulePolicy
+from .records import SkimRecord, current_records, leave_skim_loss
+from .training_forward import PackedSequences, train_encoder
+from .weights import WeightCache
+
+# Under this attention name Hugging Face hands the 2-D padding mask to the encoder as it is.
+ATTENTION_NAME = "transkimmer"
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
+
+
+AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+AttentionInterface.register(ATTENTION_NAME, sdpa_attention_forward)
+
+
+class SkimmingEncoder(nn.Module):
+    """Mixed into a Hugging Face encoder class; `skimming_class` makes the combination.
+
+    Attributes set by `add_skimming`:
+        skim_predictors: a `SkimPredictor` per layer, saved with the model.
+        skim_model_config: the model's Hugging Face config (DistilBERT's encoder has none of its own).
+        skim_config: the live `SkimConfig`.
+        skim_kernels: the choice of kernels.
+        skim_first_token_only: whether the head reads only the first token.
+    """
+
+    skim_model_config: Any
+    skim_predictors: nn.ModuleList
+    skim_config: SkimConfig
+    skim_kernels: str
+    skim_first_token_only: bool
+    skim_weights: WeightCache
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """hidden_states [batch, seq, d]; attention_mask [batch, seq] or None; returns the architecture's output class.
+
+        Packed input is [1, tokens, d] with `cu_seq_lens_q` (and `max_length_q`) among the keyword arguments, or with
+        `position_ids` that start anew.
+        """
+        architecture = ARCHITECTURES[self.skim_model_config.model_type]
+        if architecture.input_projection is not None:
+            hidden_states = get(self, architecture.input_projection)(hidden_states)
+        batch = self._enter(hidden_states, attention_mask, kwargs)
+        record = SkimRecord(tuple(hidden_states.shape[:2]), batch.cu_seqlens)
+        run = self._train if self.training else self._infer
+        output = run(batch, architecture, record, attention_mask)
+        if (records := current_records()) is not None:
+            records.append(record)
+        return architecture.output(last_hidden_state=output.view(hidden_states.shape))
+
+    def _enter(self, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Ragged:
+        kernels = kernel_set(self.skim_kernels, hidden.device.type)
+        cu_seqlens, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+        if cu_seqlens is None and mask is None and hidden.size(0) == 1:
+            cu_seqlens = _packed_by_positions(kwargs.get("position_ids"))
+        if cu_seqlens is None:
+            if mask is not None and mask.shape != hidden.shape[:2]:
+                raise ValueError(
+                    f"attention_mask: a skimming model takes a padding mask [batch, seq] = {list(hidden.shape[:2])}, "
+                    f"got {list(mask.shape)}"
+                )
+            return Ragged.from_padded(hidden, mask, kernels)
+        if hidden.size(0) != 1:
+            raise ValueError(f"cu_seq_lens_q: packed input has batch size 1, got input of {list(hidden.shape[:2])}")
+        longest = None if longest is None else int(longest)
+        return Ragged.from_packed(hidden[0], cu_seqlens.flatten().to(hidden.device, torch.int32), longest)
+
+    def _infer(
+        self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None
+    ) -> Tensor:
+        given = batch.hidden
+        kernels = kernel_set(self.skim_kernels, given.device.type)
+        dtype = given.dtype
+        if torch.is_autocast_enabled(given.device.type):
+            dtype = torch.get_autocast_dtype(given.device.type)
+        weights = self.skim_weights.get(
+            self, architecture, self.skim_predictors, kernels, dtype, self.skim_first_token_only
+        )
+        config = self.skim_config
+        trace = Trace(record.layer_slots, record.layer_cu_seqlens)
+        with torch.no_grad():
+            batch.hidden = given.detach().to(dtype, copy=True)
+            with torch.inference_mode(), torch.autocast(given.device.type, enabled=False):
+                policy: PredictorPolicy | SchedulePolicy
+                if config.schedule is not None:
+                    policy = SchedulePolicy(config.schedule, batch, weights.predictors, kernels)
+                else:
+                    sample = config.decision == "sample"
+                    policy = PredictorPolicy(weights.predictors, kernels, config.logit_threshold, sample)
+                run_encoder(
+                    batch,
+                    weights.layers,
+                    self.skim_model_config.num_attention_heads,
+                    kernels,
+                    policy=policy,
+                    first_token_only=self.skim_first_token_only,
+                    trace=trace,
+                )
+            _show_first_token_in_front(batch.hidden, mask)
+        output = batch.hidden.to(given.dtype)
+        trigger = next(self.parameters())
+        if torch.is_grad_enabled() and (given.requires_grad or trigger.requires_grad):
+            output = _NoBackward.apply(output, trigger)
+        return output
+
+    def _train(
+        self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None
+    ) -> Tensor:
+        kernels = kernel_set(self.skim_kernels, batch.hidden.device.type)
+        count = int(batch.cu_seqlens[-1])
+        rows = batch.slots[:count].long()
+        first = torch.zeros(count + 1, dtype=torch.bool, device=rows.device)
+        first[batch.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
+        longest = int(batch.cu_seqlens.diff().max()) if batch.batch else 0
+        sequences = PackedSequences(batch.cu_seqlens, longest, first[:count])
+        result = train_encoder(
+            batch.hidden[rows],
+            sequences,
+            architecture.layers(self),
+            list(self.skim_predictors),
+            architecture,
+            self.skim_config,
+            self.skim_model_config.num_attention_heads,
+            kernels,
+        )
+        record.skim_loss = torch.stack([keep.mean() for keep in result.keep]).mean() if count else None
+        leave_skim_loss(record.skim_loss)
+        if current_records() is not None:
+            record.logits = [logit.detach() for logit in result.logits]
+            for keep in result.keep:
+                slots, cu_seqlens = kernels.compact(
+                    keep.detach() > 0.5, batch.slots[:count].contiguous(), batch.cu_seqlens, False
+                )
+                record.layer_slots.append(slots)
+                record.layer_cu_seqlens.append(cu_seqlens)
+        output = batch.hidden.to(result.hidden.dtype).index_copy(0, rows, result.hidden)
+        _show_first_token_in_front(output, mask)
+        return output
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity, on the way back an error: better than a head that trains on a silently frozen encoder."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, trigger: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "a skimming encoder in eval mode has removed tokens in place and keeps no graph: call model.train() "
+            "before a forward whose gradient is needed"
+        )
+
+
+def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
+    """Left padding: place 0 of a row that starts with padding shows its first real token, which heads pool from.
+
+    output: [batch * seq, d], changed in place; mask: [batch, seq].
+    """
+    if mask is None or mask.size(1) == 0:
+        return
+    front = torch.arange(mask.size(0), device=mask.device) * mask.size(1)  # [batch]
+    output[front] = output[front + mask.to(torch.int8).argmax(1)]
+
+
+def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
+    """Offsets of sequences flattened into one row, found by positions [1, tokens] starting anew; None for a single one."""
+    if position_ids is None or position_ids.size(0) != 1 or position_ids.size(1) < 2:
+        return None
+    starts = (position_ids[0].diff() <= 0).nonzero().flatten() + 1
+    if starts.numel() == 0:
+        return None
+    ends = starts.new_tensor([position_ids.size(1)])
+    return torch.cat([ends.new_zeros(1), starts, ends]).int()
+
+
+_classes: dict[type, type] = {}
+
+
+def skimming_class(encoder_class: type) -> type:
+    """`encoder_class` with the skimming forward; one class per encoder class, importable by name for pickling."""
+    if encoder_class not in _classes:
+        name = f"Skimming{encoder_class.__name__}"
+        _classes[encoder_class] = type(name, (SkimmingEncoder, encoder_class), {"__module__": __name__})
+        globals()[name] = _classes[encoder_class]
+    return _classes[encoder_class]

@@ -1,0 +1,80 @@
+"""Loading a skimming model back: `save_pretrained` is Hugging Face's, `from_pretrained` restores the predictors."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import logging as hf_logging
+
+from .architectures import encoder_of
+from .config import SkimConfig
+from .skimming import CONFIG_KEY, add_skimming
+
+_PREDICTORS = "skim_predictors."
+_HUB_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token", "subfolder")
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str], auto_class: Any = AutoModel, *, kernels: str = "auto", **kwargs: Any
+) -> PreTrainedModel:
+    """Loads a model that was saved with skimming, predictors and `SkimConfig` included, in eval mode.
+
+    Args:
+        name_or_path: folder or hub name with `config.json` and safetensors weights.
+        auto_class: `AutoModelForSequenceClassification` and the like, or a model class.
+        kernels: as in `add_skimming`.
+        **kwargs: go to the class's own `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint has no skimming (load it with Hugging Face and call `add_skimming`), or predictors
+            are missing from it or of another shape.
+    """
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    values = getattr(config, CONFIG_KEY, None)
+    if values is None:
+        raise ValueError(
+            f"name_or_path={os.fspath(name_or_path)!r}: has no {CONFIG_KEY!r} in its config.json; load it with "
+            f"{auto_class.__name__}.from_pretrained and call add_skimming"
+        )
+    skim_config = SkimConfig.from_dict(values)
+    tensors = _predictor_tensors(os.fspath(name_or_path), hub)
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # the predictors are unexpected to the dense class; they are loaded below
+    try:
+        model = auto_class.from_pretrained(name_or_path, **kwargs)
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    add_skimming(model, skim_config, kernels=kernels)
+    predictors = encoder_of(model).skim_predictors
+    try:
+        predictors.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"name_or_path={os.fspath(name_or_path)!r}: skim predictors do not fit: {error}") from error
+    return model.eval()
+
+
+def _predictor_tensors(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The predictors' state dict, from a checkpoint of one or several safetensors files."""
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
+        names = {SAFE_WEIGHTS_NAME}
+    else:
+        with open(index, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        names = {file for key, file in weight_map.items() if _PREDICTORS in key}
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        path = cached_file(name_or_path, name, **hub)
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if _PREDICTORS in key:
+                    tensors[key.split(_PREDICTORS, 1)[1]] = file.get_tensor(key).to(torch.float32)
+    return tensors

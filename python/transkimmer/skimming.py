@@ -1,0 +1,157 @@
+"""`add_skimming`: switches skimming on, on the instance of a Hugging Face model, and off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from transkimmer_kernels import kernel_set
+from transkimmer_kernels.registry import check_kernels
+
+from .architectures import architecture_of, encoder_of, reads_first_token_only
+from .config import SkimConfig
+from .encoder import ATTENTION_NAME, SkimmingEncoder, skimming_class
+from .predictor import SkimPredictor
+from .records import take_skim_loss
+from .weights import WeightCache
+
+# The key of config.json under which a saved model keeps its SkimConfig.
+CONFIG_KEY = "skimming"
+
+
+class Skimming:
+    """The handle `model.skimming`: what can be read and changed about skimming on a live model."""
+
+    def __init__(self, encoder: SkimmingEncoder, former_attention: str) -> None:
+        self._encoder = encoder
+        self._former_attention = former_attention
+        self._hooks: list[Any] = []
+        self.predictors = encoder.skim_predictors
+
+    @property
+    def config(self) -> SkimConfig:
+        """The live configuration; its fields may be changed between forwards."""
+        return self._encoder.skim_config
+
+    @property
+    def kernels(self) -> str:
+        """The choice of kernels: "auto", "cpu", "triton", "cuda" or "reference"."""
+        return self._encoder.skim_kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        check_kernels(kernels)
+        kernel_set(kernels, next(self._encoder.parameters()).device.type)  # raises where they cannot run
+        self._encoder.skim_kernels = kernels
+
+    @property
+    def serves(self) -> dict[str, str]:
+        """operator -> backend that runs it on the model's present device."""
+        return dict(kernel_set(self.kernels, next(self._encoder.parameters()).device.type).serves)
+
+    @property
+    def first_token_only(self) -> bool:
+        """Whether the last layer computes only each sequence's first token, because the head reads nothing else."""
+        return self._encoder.skim_first_token_only
+
+    @first_token_only.setter
+    def first_token_only(self, value: bool) -> None:
+        self._encoder.skim_first_token_only = bool(value)
+
+    def refresh(self) -> None:
+        """Prepares the kernels' copy of the weights anew; needed only after writing through `param.data` in place."""
+        self._encoder.skim_weights.clear()
+
+
+def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, kernels: str = "auto") -> PreTrainedModel:
+    """Adds a skim predictor before every layer of `model`'s encoder and lets the encoder skip what they skim.
+
+    The instance is changed and returned; its class, head, outputs and parameter names stay, the predictors' parameters
+    come on top. In `eval()` tokens are really removed; in `train()` they are masked inside the softmax, which computes
+    the same, and the skim loss is added to the model's loss. `remove_skimming` undoes it.
+
+    Args:
+        model: a BERT, RoBERTa, DistilBERT or ALBERT encoder with any head.
+        config: defaults to `SkimConfig()`. Fresh predictors keep every token until they are trained.
+        kernels: "auto", "cpu", "triton", "cuda" or "reference"; can be changed later at `model.skimming.kernels`.
+
+    Raises:
+        ValueError: the model is of another architecture, a decoder, already skimming, or an argument is out of range.
+        BackendUnavailable: `kernels` cannot run here; the message says why.
+    """
+    architecture = architecture_of(model)
+    check_kernels(kernels)
+    encoder = encoder_of(model)
+    if isinstance(encoder, SkimmingEncoder):
+        raise ValueError("model: already has skimming; change model.skimming, or call remove_skimming first")
+    config = SkimConfig() if config is None else config
+    config.check()
+    count = len(architecture.layers(encoder))
+    if config.schedule is not None and len(config.schedule) != count:
+        raise ValueError(f"SkimConfig.schedule: has {len(config.schedule)} ratios, but the model has {count} layers")
+    weight = next(encoder.parameters())
+    if weight.device.type != "meta":
+        kernel_set(kernels, weight.device.type)
+    predictors = nn.ModuleList(
+        SkimPredictor(model.config.hidden_size, config.predictor_width, config.bias_init) for _ in range(count)
+    )
+    encoder.skim_predictors = predictors.to(device=weight.device, dtype=weight.dtype)
+    encoder.skim_predictors.train(encoder.training)
+    encoder.__class__ = skimming_class(type(encoder))
+    encoder.skim_model_config = model.config
+    encoder.skim_config = config
+    encoder.skim_kernels = kernels
+    encoder.skim_first_token_only = reads_first_token_only(model)
+    encoder.skim_weights = WeightCache()
+    model.skimming = Skimming(encoder, model.config._attn_implementation)
+    model.set_attn_implementation(ATTENTION_NAME)
+    setattr(model.config, CONFIG_KEY, config.to_dict())
+    model.skimming._hooks = [
+        model.register_forward_pre_hook(_refuse_per_layer_outputs, with_kwargs=True),
+        model.register_forward_hook(_add_skim_loss),
+    ]
+    return model
+
+
+def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns a skimming model back into the dense model it came from; the predictors are dropped."""
+    skimming = getattr(model, "skimming", None)
+    if not isinstance(skimming, Skimming):
+        raise ValueError("model: has no skimming to remove")
+    encoder = skimming._encoder
+    for hook in skimming._hooks:
+        hook.remove()
+    for name in [*vars(encoder), *encoder._modules]:
+        if name.startswith("skim_"):
+            delattr(encoder, name)
+    encoder.__class__ = type(encoder).__mro__[2]
+    del model.skimming
+    delattr(model.config, CONFIG_KEY)
+    model.set_attn_implementation(skimming._former_attention)
+    return model
+
+
+def _refuse_per_layer_outputs(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = kwargs.get(name)
+        if wanted or (wanted is None and getattr(model.config, name, False)):
+            raise ValueError(
+                f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
+                "leave it off, or call remove_skimming first"
+            )
+
+
+def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:
+    """In training, adds the weighted skim loss to the loss that the model's head computed, if it did."""
+    skim_loss = take_skim_loss()
+    if skim_loss is None or not model.training:
+        return None
+    extra = model.skimming.config.skim_weight * skim_loss
+    if isinstance(output, tuple):  # return_dict=False: the loss, a scalar, comes first where there is one
+        if output and isinstance(output[0], Tensor) and output[0].dim() == 0:
+            return (output[0] + extra, *output[1:])
+    elif getattr(output, "loss", None) is not None:
+        output.loss = output.loss + extra
+    return output

@@ -1,0 +1,6 @@
+"""Training a skimming model: a Hugging Face `Trainer` with the few things skimming needs."""
+
+from .evaluation import SkimEvaluation, evaluate_classifier
+from .trainer import SkimTrainer, SkimTrainingArguments
+
+__all__ = ["SkimEvaluation", "SkimTrainer", "SkimTrainingArguments", "evaluate_classifier"]

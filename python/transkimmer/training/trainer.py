@@ -1,0 +1,124 @@
+"""`SkimTrainer`: a predictor learning rate, a ramp on the skim loss, and distillation from precomputed logits.
+
+A plain `Trainer` trains a skimming model too, since the skim loss is part of the model's loss; these are what make it
+train well (see docs/training.md for the measurements).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Column of the teacher's logits in a training batch.
+TEACHER_LOGITS = "teacher_logits"
+
+
+@dataclass
+class SkimTrainingArguments(TrainingArguments):
+    """`TrainingArguments` and:
+
+    Args:
+        predictor_learning_rate: peak learning rate of the skim predictors. They start saturated (`bias_init`), so they
+            need a larger one than the backbone; too large, and everything is skimmed before the task can object.
+        skim_ramp: share of the steps over which the skim weight rises linearly from 0 to its configured value.
+        distillation_weight: weight of the cross-entropy against the teacher's softened predictions, where batches
+            carry a `teacher_logits` column.
+        distillation_temperature: softening of both sides.
+    """
+
+    predictor_learning_rate: float = field(default=2e-4)
+    skim_ramp: float = field(default=0.3)
+    distillation_weight: float = field(default=1.0)
+    distillation_temperature: float = field(default=2.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (
+            ("predictor_learning_rate", 0.0, 1.0),
+            ("skim_ramp", 0.0, 1.0),
+            ("distillation_weight", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: must lie between {low} and {high}")
+        if not self.distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature={self.distillation_temperature!r}: must be > 0")
+
+
+class SkimTrainer(Trainer):
+    """Trains a model that `add_skimming` has been called on."""
+
+    args: SkimTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.model, "skimming", None) is None:
+            raise ValueError("model: has no skimming; call add_skimming first, or use a plain Trainer")
+        self.add_callback(_SkimRamp(self.model.skimming.config.skim_weight, self.args.skim_ramp))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Parameter groups: backbone with and without weight decay, predictors with their own learning rate."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            predictors = {id(p) for p in self.model.skimming.predictors.parameters()}
+            groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "predictors": []}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    kind = "decay" if name in decayed else "plain"
+                    groups["predictors" if id(parameter) in predictors else kind].append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": groups["decay"], "weight_decay": self.args.weight_decay},
+                    {"params": groups["plain"], "weight_decay": 0.0},
+                    {
+                        "params": groups["predictors"],
+                        "weight_decay": 0.0,
+                        "lr": self.args.predictor_learning_rate,
+                    },
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        teacher_logits = inputs.pop(TEACHER_LOGITS, None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if teacher_logits is not None and model.training:
+            temperature = self.args.distillation_temperature
+            loss = loss + self.args.distillation_weight * distillation_loss(outputs.logits, teacher_logits, temperature)
+        return (loss, outputs) if return_outputs else loss
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [batch, classes]."""
+    student = F.log_softmax(logits.float() / temperature, -1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+
+
+class _SkimRamp(TrainerCallback):
+    """Raises the skim weight from 0 to its target, so that the task is heard before tokens go."""
+
+    def __init__(self, target: float, ramp: float) -> None:
+        self.target = target
+        self.ramp = ramp
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ramp_steps = self.ramp * state.max_steps
+        share = 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps)
+        kwargs["model"].skimming.config.skim_weight = self.target * share
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].skimming.config.skim_weight = self.target

@@ -1,0 +1,155 @@
+"""The weights of an encoder as the kernels want them: fused, cast, packed, and redone when a parameter changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from transkimmer_kernels import KernelSet
+from transkimmer_kernels.runtime import LayerWeights, PredictorWeights
+
+from .architectures import Architecture, get
+from .predictor import SkimPredictor
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    layers: list[LayerWeights]
+    predictors: list[PredictorWeights]
+
+
+class WeightCache:
+    """One prepared copy of an encoder's weights, checked against the parameters at every use.
+
+    A parameter counts as changed when its storage, dtype or version counter has: optimizer steps, `load_state_dict`
+    and `.to()` are seen. Writing through `param.data` in place is not; call `clear()` after doing that.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[Any, ...], EncoderWeights] | None = None
+
+    def clear(self) -> None:
+        self._held = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
+        return WeightCache()  # packed weights cannot be copied, and the copy's parameters are others
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeightCache, ()
+
+    def get(
+        self,
+        encoder: nn.Module,
+        architecture: Architecture,
+        predictors: nn.ModuleList,
+        kernels: KernelSet,
+        dtype: torch.dtype,
+        first_token_only: bool,
+    ) -> EncoderWeights:
+        key = (kernels.choice, kernels.device_type, dtype, first_token_only, *map(_state, encoder.parameters()))
+        held = self._held
+        if held is None or held[0] != key:
+            self._held = None  # frees the old copy before the new one is made
+            with torch.inference_mode(False), torch.no_grad():
+                weights = _prepare(encoder, architecture, predictors, kernels, dtype, first_token_only)
+            held = self._held = (key, weights)
+        return held[1]
+
+
+def _state(parameter: Tensor) -> tuple[int, int, torch.dtype]:
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, parameter.dtype
+
+
+def _prepare(
+    encoder: nn.Module,
+    architecture: Architecture,
+    predictors: nn.ModuleList,
+    kernels: KernelSet,
+    dtype: torch.dtype,
+    first_token_only: bool,
+) -> EncoderWeights:
+    modules = architecture.layers(encoder)
+    prepared: dict[int, LayerWeights] = {}  # a layer that is applied several times is prepared once
+    layers = []
+    for index, module in enumerate(modules):
+        if first_token_only and index == len(modules) - 1:
+            layers.append(_prepare_layer(module, architecture, kernels, dtype, split=True))
+        else:
+            if id(module) not in prepared:
+                prepared[id(module)] = _prepare_layer(module, architecture, kernels, dtype, split=False)
+            layers.append(prepared[id(module)])
+    return EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors])  # type: ignore[arg-type]
+
+
+def _prepare_layer(
+    module: nn.Module, architecture: Architecture, kernels: KernelSet, dtype: torch.dtype, split: bool
+) -> LayerWeights:
+    def linear(path: str) -> tuple[Tensor, Tensor | None]:
+        part = get(module, path)
+        if type(part) is not nn.Linear:
+            raise TypeError(
+                f"model: {path} is a {type(part).__name__}; skimming inference takes plain nn.Linear layers "
+                "(merge adapters first)"
+            )
+        return part.weight.to(dtype), None if part.bias is None else part.bias.to(dtype)
+
+    def fuse(*paths: str) -> tuple[Tensor, Tensor | None]:
+        weights, biases = zip(*map(linear, paths), strict=True)
+        return kernels.pack_weight(torch.cat(weights)), None if biases[0] is None else torch.cat(biases)
+
+    def packed(path: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = linear(path)
+        return kernels.pack_weight(weight), bias
+
+    a = architecture
+    norm1, norm2 = get(module, a.norm1), get(module, a.norm2)
+    nothing = torch.empty(0, dtype=dtype)
+    qkv_weight, qkv_bias = (nothing, None) if split else fuse(a.query, a.key, a.value)
+    out_weight, out_bias = packed(a.out)
+    ffn_in_weight, ffn_in_bias = packed(a.ffn_in)
+    ffn_out_weight, ffn_out_bias = packed(a.ffn_out)
+    activation = get(module, a.activation)
+    return LayerWeights(
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        norm1_weight=norm1.weight.to(dtype),
+        norm1_bias=norm1.bias.to(dtype),
+        norm1_eps=norm1.eps,
+        ffn_in_weight=ffn_in_weight,
+        ffn_in_bias=ffn_in_bias,
+        ffn_out_weight=ffn_out_weight,
+        ffn_out_bias=ffn_out_bias,
+        norm2_weight=norm2.weight.to(dtype),
+        norm2_bias=norm2.bias.to(dtype),
+        norm2_eps=norm2.eps,
+        activation="gelu" if _is_exact_gelu(activation) else activation,
+        query=packed(a.query) if split else None,
+        key_value=fuse(a.key, a.value) if split else None,
+    )
+
+
+def _is_exact_gelu(activation: object) -> bool:
+    exact_module = isinstance(activation, nn.GELU) and activation.approximate == "none"
+    return exact_module or type(activation) is GELUActivation or activation is nn.functional.gelu
+
+
+def _prepare_predictor(predictor: SkimPredictor, kernels: KernelSet, dtype: torch.dtype) -> PredictorWeights:
+    out_weight, out_bias = predictor.difference()
+    return PredictorWeights(
+        norm1_weight=predictor.norm1.weight.to(dtype),
+        norm1_bias=predictor.norm1.bias.to(dtype),
+        fc_weight=kernels.pack_weight(predictor.fc.weight.to(dtype)),
+        fc_bias=predictor.fc.bias.to(dtype),
+        norm2_weight=predictor.norm2.weight.to(dtype),
+        norm2_bias=predictor.norm2.bias.to(dtype),
+        out_weight=out_weight.to(dtype).contiguous(),
+        out_bias=out_bias.to(dtype),
+        eps=predictor.norm1.eps,
+    )

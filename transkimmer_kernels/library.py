@@ -1,0 +1,124 @@
+"""Defines operators: one schema per operator, one overload per backend.
+
+`torch.ops.transkimmer.compact.reference` and `torch.ops.transkimmer.compact.cpu` are two overloads of one schema. A
+backend is therefore chosen by naming an overload: no string argument travels through the dispatcher, `torch.compile`
+sees a concrete operator, and `torch.library.opcheck` tests each backend by itself.
+
+Schemas, fakes and autograd formulas are written here once per operator; a backend supplies an implementation, either a
+Python function (`implement`) or a kernel registered by one of the native libraries (`implement_natively`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import native
+
+NAMESPACE = "transkimmer"
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass
+class Operator:
+    """One operator: its schema, the formulas every backend shares, and who implements it."""
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    make_backward: Callable[[str], Callable[..., Any]] | None = None
+    # backend -> a function that answers None when the backend works here, else the reason why it does not
+    backends: dict[str, Callable[[], str | None]] = field(default_factory=dict)
+
+    def overload(self, backend: str) -> torch._ops.OpOverload:
+        return getattr(getattr(torch.ops.transkimmer, self.name), backend)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    make_backward: Callable[[str], Callable[..., Any]] | None = None,
+) -> Operator:
+    """Declares an operator; `make_backward(backend)` returns the autograd formula for that backend's overload."""
+    OPERATORS[name] = Operator(name, schema, fake, setup_context, make_backward)
+    return OPERATORS[name]
+
+
+def _declare(operator: Operator, backend: str, available: Callable[[], str | None]) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    overload = f"{operator.name}.{backend}"
+    qualified = f"{NAMESPACE}::{overload}"
+    _LIBRARY.define(overload + operator.schema)
+    torch.library.register_fake(qualified, operator.fake, lib=_LIBRARY)
+    if operator.make_backward is not None:
+        torch.library.register_autograd(
+            qualified, operator.make_backward(backend), setup_context=operator.setup_context, lib=_LIBRARY
+        )
+    operator.backends[backend] = available
+    return overload
+
+
+def implement(
+    name: str, backend: str, *, available: Callable[[], str | None] = lambda: None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: this Python function is `backend`'s implementation of operator `name`.
+
+    Registered for every device: weights that a backend has packed carry dispatch keys of their own, and which device a
+    backend serves is the registry's business.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        overload = _declare(OPERATORS[name], backend, available)
+        _LIBRARY.impl(overload, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def needs_library(name: str) -> Callable[[], str | None]:
+    """Availability of whatever stands on the native library `name` ("cpu" or "cuda")."""
+    return lambda: native.status()[name].reason or None
+
+
+def implement_natively(name: str, backend: str) -> None:
+    """Declares that native library `backend` registers its kernel for operator `name` when it is loaded."""
+    loaded = needs_library(backend)
+
+    def available() -> str | None:
+        kernel = f"{NAMESPACE}::{name}.{backend}"
+        if (reason := loaded()) is not None:
+            return reason
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, backend.upper()):
+            return f"{native.status()[backend].path.name} has no kernel for it: rebuild the package"
+        return None
+
+    _declare(OPERATORS[name], backend, available)
+
+
+def load_operators(package: str, names: tuple[str, ...]) -> None:
+    """Imports every operator's package and, inside it, whichever backend files exist."""
+    for name in names:
+        importlib.import_module(f"{package}.{name}")
+        for backend in BACKENDS:
+            module = f"{package}.{name}.{backend}"
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                # A missing backend file is a backend that does not serve this operator; anything else that is
+                # missing (Triton, say) is that file's own business to report through `available`.
+                if error.name != module:
+                    raise

@@ -1,0 +1,22 @@
+"""The operators. A package per operator: schema, checks, fake and autograd in `__init__`, a file per backend."""
+
+from ..library import load_operators
+
+load_operators(__name__, ("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear"))
+
+from .compact import compact  # noqa: E402
+from .ragged_attention import ragged_attention  # noqa: E402
+from .ragged_linear import ragged_linear, ragged_linear_norm, ragged_linear_norm_  # noqa: E402
+from .rows import gather_rows, scatter_rows  # noqa: E402
+from .skim_logit import skim_logit  # noqa: E402
+
+__all__ = [
+    "compact",
+    "gather_rows",
+    "ragged_attention",
+    "ragged_linear",
+    "ragged_linear_norm",
+    "ragged_linear_norm_",
+    "scatter_rows",
+    "skim_logit",
+]

@@ -1,0 +1,80 @@
+"""Argument checks shared by the operators: each failure names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    *,
+    dim: int | None = None,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+    shape: tuple[int | None, ...] | None = None,
+) -> None:
+    """Checks kind, rank, dtype, device and, where given, the sizes (None matches any size)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if dim is not None:
+        require(tensor.dim() == dim, f"{name}: expected {dim} dimensions, got {describe(tensor)}")
+    if dtype is not None:
+        allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {describe(tensor)}")
+    if device is not None:
+        require(tensor.device == device, f"{name}: expected device {device}, got {describe(tensor)}")
+    if shape is not None:
+        fits = tensor.dim() == len(shape) and all(
+            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+        require(fits, f"{name}: expected shape {wanted}, got {describe(tensor)}")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int, device: torch.device) -> None:
+    """`cu_seqlens`: int32 [batch + 1], from 0, non-decreasing, at most `capacity`.
+
+    The values are looked at only on a CPU tensor: on a GPU that would stop the stream, and kernels there treat a bad
+    offset as their contract says.
+    """
+    check_tensor(name, cu_seqlens, dim=1, dtype=torch.int32, device=device)
+    require(cu_seqlens.numel() >= 1, f"{name}: expected batch + 1 >= 1 entries, got an empty tensor")
+    if device.type != "cpu":
+        return
+    require(int(cu_seqlens[0]) == 0, f"{name}: must start at 0, got {int(cu_seqlens[0])}")
+    if cu_seqlens.numel() > 1:
+        steps = cu_seqlens.diff()
+        at = int(steps.argmin())
+        require(
+            int(steps[at]) >= 0,
+            f"{name}: must not decrease, got {int(cu_seqlens[at])} then {int(cu_seqlens[at + 1])} at entry {at + 1}",
+        )
+    count = int(cu_seqlens[-1])
+    require(count <= capacity, f"{name}: its last entry, {count} tokens, exceeds the capacity of {capacity} rows")
+
+
+def check_slots(name: str, slots: Tensor, cu_seqlens: Tensor, rows: int) -> None:
+    """`slots`: int32 [capacity]; the first `cu_seqlens[-1]` of them must lie in [0, rows) (looked at on CPU only)."""
+    check_tensor(name, slots, dim=1, dtype=torch.int32, device=cu_seqlens.device)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, slots.numel(), slots.device)
+    if slots.device.type != "cpu":
+        return
+    valid = slots[: int(cu_seqlens[-1])]
+    if valid.numel():
+        low, high = int(valid.min()), int(valid.max())
+        require(low >= 0 and high < rows, f"{name}: must lie in [0, {rows}), got values from {low} to {high}")

@@ -1,0 +1,107 @@
+"""`skim_logit`: the skim predictor's decision value for every listed token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...library import define
+from ...registry import select
+from ..checks import FLOATS, check_slots, check_tensor
+
+WEIGHTS = (
+    "norm1_weight",
+    "norm1_bias",
+    "fc_weight",
+    "fc_bias",
+    "norm2_weight",
+    "norm2_bias",
+    "out_weight",
+    "out_bias",
+)
+
+
+def _fake(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((slots.numel(),), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _make_backward(backend: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Recomputes the small network: keeping its two hidden rows per token would cost more than it saves.
+        from .reference import skim_logit_rows
+
+        hidden, slots, cu_seqlens, *weights = ctx.saved_tensors
+        count = int(cu_seqlens[-1])
+        rows = slots[:count].long()
+        with torch.enable_grad():
+            x = hidden.detach()[rows].requires_grad_()
+            leaves = [w.detach().requires_grad_() for w in weights]
+            grads = torch.autograd.grad(skim_logit_rows(x, *leaves, ctx.eps), (x, *leaves), grad[:count])
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grads[0])
+        return grad_hidden, None, None, *grads[1:], None
+
+    return backward
+
+
+define(
+    "skim_logit",
+    "(Tensor hidden, Tensor slots, Tensor cu_seqlens, "
+    + ", ".join(f"Tensor {name}" for name in WEIGHTS)
+    + ", float eps) -> Tensor",
+    fake=_fake,
+    setup_context=_setup_context,
+    make_backward=_make_backward,
+)
+
+
+def skim_logit(
+    hidden: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    kernels: str = "auto",
+) -> Tensor:
+    """Keep-minus-skim logit of the predictor LayerNorm -> Linear -> LayerNorm -> GELU -> Linear (Transkimmer, Eq. 2).
+
+    Only the difference of the two output columns matters for a decision, so the last layer is one dot product:
+    `out_weight = W[keep] - W[skim]`, `out_bias = b[keep] - b[skim]`.
+
+    Args:
+        hidden: [rows, d], fp32, bf16 or fp16 (fp64 on `reference`).
+        slots: int32 [capacity]; cu_seqlens: int32 [batch + 1].
+        norm1_weight, norm1_bias: [d]. fc_weight: [m, d] (or a backend's packed form), fc_bias: [m].
+        norm2_weight, norm2_bias, out_weight: [m]. out_bias: [1]. All in `hidden`'s dtype.
+        eps: of both LayerNorms.
+        kernels: backend, see `registry`.
+
+    Returns:
+        fp32 [capacity] by list position; undefined at and beyond the token count. keep iff logit >= log(t / (1 - t))
+        for a threshold t on the keep probability.
+    """
+    check_tensor("hidden", hidden, dim=2, dtype=FLOATS)
+    check_slots("slots", slots, cu_seqlens, hidden.size(0))
+    width, inner = hidden.size(1), fc_bias.numel()
+    shapes = ((width,), (width,), (inner, width), (inner,), (inner,), (inner,), (inner,), (1,))
+    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+    for name, weight, shape in zip(WEIGHTS, weights, shapes, strict=True):
+        check_tensor(name, weight, dtype=hidden.dtype, device=hidden.device, shape=shape)
+    run = select("skim_logit", kernels, hidden.device)
+    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps)

@@ -1,0 +1,87 @@
+"""`Ragged`: hidden states that never move, and the shrinking list of those still being worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.checks import check_cu_seqlens, check_tensor, require
+from .registry import KernelSet
+
+
+@dataclass
+class Ragged:
+    """A batch of variable-length sequences between two layers of an encoder.
+
+    A token's **slot** is its row in `hidden` for the whole forward: for padded input simply its place in the
+    flattened [batch * seq] layout, so that padding is dropped, and the result re-padded, without moving a row. What
+    shrinks from layer to layer is the list `slots`; a skimmed token is forwarded to the final output by leaving its
+    row alone.
+
+    | field        | type                 | meaning                                                              |
+    |--------------|----------------------|----------------------------------------------------------------------|
+    | `hidden`     | [rows, d]            | a row per slot; layers update the rows of surviving tokens in place  |
+    | `slots`      | int32 [capacity]     | slots of the surviving tokens, by sequence then position             |
+    | `cu_seqlens` | int32 [batch + 1]    | offsets of the sequences in `slots`; the last one is the token count |
+    | `max_seqlen` | int                  | upper bound of a sequence's length, fixed for the whole forward      |
+
+    Entries of `slots` at and beyond the token count are garbage.
+    """
+
+    hidden: Tensor
+    slots: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def capacity(self) -> int:
+        return self.slots.numel()
+
+    @classmethod
+    def from_padded(cls, hidden: Tensor, mask: Tensor | None, kernels: KernelSet) -> Ragged:
+        """Padded states [batch, seq, d] and a mask [batch, seq], non-zero at real tokens (None: all are real).
+
+        `hidden` is viewed, not copied, where it is contiguous. Sequences may be padded on any side.
+        """
+        check_tensor("hidden", hidden, dim=3)
+        batch, length, width = hidden.shape
+        rows = hidden.reshape(batch * length, width)
+        slots = torch.arange(batch * length, dtype=torch.int32, device=hidden.device)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
+        if mask is not None:
+            check_tensor("mask", mask, device=hidden.device, shape=(batch, length))
+            slots, cu_seqlens = kernels.compact(mask.reshape(-1) != 0, slots, cu_seqlens, False)
+        return cls(rows, slots, cu_seqlens, length)
+
+    @classmethod
+    def from_packed(cls, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Ragged:
+        """Packed states [tokens, d]; `cu_seqlens` int32 [batch + 1] must cover them all."""
+        check_tensor("hidden", hidden, dim=2)
+        check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.size(0), hidden.device)
+        if hidden.device.type == "cpu":
+            covered = int(cu_seqlens[-1])
+            require(
+                covered == hidden.size(0), f"cu_seqlens: ends at {covered}, but there are {hidden.size(0)} tokens"
+            )
+        slots = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
+        return cls(hidden, slots, cu_seqlens, hidden.size(0) if max_seqlen is None else max_seqlen)
+
+    def keep(self, keep: Tensor, kernels: KernelSet, *, keep_first: bool = True) -> None:
+        """Shortens the list to the tokens whose `keep` (bool [capacity], by list position) is true."""
+        self.slots, self.cu_seqlens = kernels.compact(keep, self.slots, self.cu_seqlens, keep_first)
+
+    def first_tokens(self) -> tuple[Tensor, Tensor]:
+        """(slots int32 [batch], cu_seqlens) of each sequence's first surviving token; an empty sequence has none."""
+        lengths = self.cu_seqlens.diff()
+        cu_first = torch.zeros_like(self.cu_seqlens)
+        cu_first[1:] = (lengths > 0).cumsum(0, dtype=torch.int32)
+        # Non-empty sequences move to the front of the list; a sequence that ends nowhere is written behind it.
+        first = self.slots[self.cu_seqlens[:-1].clamp(max=max(self.capacity - 1, 0)).long()]
+        target = torch.where(lengths > 0, cu_first[:-1], self.batch).long()
+        return first.new_zeros(self.batch + 1).scatter_(0, target, first)[: self.batch].clone(), cu_first

@@ -1,0 +1,114 @@
+"""Which backend serves which operator on which device, and why another one does not.
+
+A choice of `kernels` is a preference list of backends, tried per operator:
+
+| `kernels`   | CPU tensors        | CUDA tensors              |
+|-------------|--------------------|---------------------------|
+| `auto`      | cpu, reference     | cuda, triton, reference   |
+| `cpu`       | cpu                | refused                   |
+| `triton`    | triton             | triton                    |
+| `cuda`      | refused            | cuda, triton              |
+| `reference` | reference          | reference                 |
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import BACKENDS, OPERATORS, Operator
+from .onednn import pack_weight
+
+KERNELS = ("auto", *BACKENDS)
+
+_PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "auto": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
+    "cpu": {"cpu": ("cpu",)},
+    "triton": {"cpu": ("triton",), "cuda": ("triton",)},
+    "cuda": {"cuda": ("cuda", "triton")},
+    "reference": {},
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """The chosen kernels cannot serve an operator on this machine or device; the message says why."""
+
+
+def check_kernels(kernels: str) -> str:
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r}: must be one of {', '.join(KERNELS)}")
+    return kernels
+
+
+def why_not(operator: Operator, backend: str) -> str | None:
+    """None if `backend` serves `operator` here, else the reason why it does not."""
+    available = operator.backends.get(backend)
+    return f"no {backend} kernel for {operator.name}" if available is None else available()
+
+
+@functools.cache
+def select_backend(name: str, kernels: str, device_type: str) -> str:
+    """The backend that serves operator `name` for tensors on `device_type` under the choice `kernels`."""
+    check_kernels(kernels)
+    preferences = _PREFERENCES[kernels]
+    if preferences and device_type not in preferences and kernels != "auto":
+        raise BackendUnavailable(
+            f"kernels={kernels!r} does not serve tensors on {device_type!r}: move the model, or choose kernels='auto'"
+        )
+    reasons = []
+    for backend in preferences.get(device_type, ("reference",)):
+        reason = why_not(OPERATORS[name], backend)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend}: {reason}")
+    raise BackendUnavailable(f"kernels={kernels!r} cannot run {name} on {device_type!r} here ({'; '.join(reasons)})")
+
+
+def select(name: str, kernels: str, device: torch.device) -> Callable[..., Any]:
+    """The overload that serves operator `name`."""
+    return OPERATORS[name].overload(select_backend(name, kernels, device.type))
+
+
+class KernelSet:
+    """Every operator's overload for one choice of kernels on one kind of device, resolved once.
+
+    Attributes are the operators (`kernels.compact(...)`, raw schemas, no argument checks); `serves` maps operator to
+    backend.
+    """
+
+    def __init__(self, kernels: str, device_type: str) -> None:
+        self.choice = check_kernels(kernels)
+        self.device_type = device_type
+        self.serves = {name: select_backend(name, kernels, device_type) for name in OPERATORS}
+        for name, backend in self.serves.items():
+            setattr(self, name, OPERATORS[name].overload(backend))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:  # for type checkers: operators are set in __init__
+        raise AttributeError(f"no operator {name!r}; operators are {', '.join(OPERATORS)}")
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """A matrix in the form these kernels multiply fastest with; safe to cache while the weight does not change."""
+        return pack_weight(weight) if self.serves["ragged_linear"] == "cpu" else weight
+
+
+@functools.cache
+def kernel_set(kernels: str, device_type: str) -> KernelSet:
+    return KernelSet(kernels, device_type)
+
+
+def table() -> list[tuple[str, dict[str, str]]]:
+    """(operator, {backend: "available" or why not}) for the environment report."""
+    return [
+        (operator.name, {backend: why_not(operator, backend) or "available" for backend in BACKENDS})
+        for operator in OPERATORS.values()
+    ]
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
