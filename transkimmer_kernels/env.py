@@ -1,7 +1,6 @@
-"""`python -m transkimmer_kernels.env [--json]`: what is installed, what was built, what loads, which backend serves what."""
+"""`python -m transkimmer_kernels.env [--json]`: what is installed, built and loaded, and what serves what."""
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import platform
@@ -24,7 +23,8 @@ def report() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "threads": torch.get_num_threads(),
             "cpu_kernels": _cpu_isa(),
-            "gpu": _gpus() or ("none visible to torch" if torch.version.cuda else "none (torch was built without CUDA)"),
+            "gpu": _gpus()
+            or ("none visible to torch" if torch.version.cuda else "none (torch was built without CUDA)"),
             "torch_cuda": torch.version.cuda or "none",
         },
         "build": native.build_info(),
@@ -52,12 +52,12 @@ def _cpu_model() -> str:
 
 def _cpu_isa() -> str:
     """The instruction set that the CPU library chose on this machine."""
-    library = native.status()["cpu"]
-    if not library.loaded:
+    if not native.status()["cpu"].loaded:
         return "none: the CPU library is not loaded"
-    function = ctypes.CDLL(str(library.path)).transkimmer_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    try:
+        return str(torch.ops.transkimmer_cpu.isa())
+    except RuntimeError as error:  # TRANSKIMMER_CPU_ISA names one that is not there
+        return f"none: {error}"
 
 
 def _gpus() -> list[str]:
@@ -68,7 +68,7 @@ def _gpus() -> list[str]:
 
 
 def _operators() -> dict[str, dict[str, str]]:
-    from .registry import table  # imports every operator, which a report on a broken install can do without until here
+    from .registry import table  # here, so that the other sections do not depend on the operators
 
     return dict(table())
 

@@ -1,13 +1,13 @@
 """Loads the compiled kernel libraries, and says for each of them why it is not loaded.
 
-Nothing here raises: a package without compiled libraries, a torch without CUDA or a broken file leave the Python
-backends usable, and the reason is what `python -m transkimmer_kernels.env` and the operator registry show.
+Nothing here raises: a package without compiled libraries, a torch without CUDA or a broken file leave the
+Python backends usable, and the reason is what `python -m transkimmer_kernels.env` and the registry show.
 
 Environment variables, read when :func:`load` first runs:
 
 * ``TRANSKIMMER_DISABLE_NATIVE=1`` loads nothing.
-* ``TRANSKIMMER_LIBRARY=path`` loads that file in place of the packaged CUDA library, even where torch sees no GPU; a file
-  whose name contains ``cpu`` takes the place of the CPU library instead.
+* ``TRANSKIMMER_LIBRARY=path`` loads that file in place of the packaged CUDA library, even where torch sees no
+  GPU; a file whose name contains ``cpu`` takes the place of the CPU library instead.
 """
 
 import importlib
@@ -35,7 +35,7 @@ class NativeStatus:
 
 
 def load() -> None:
-    """Load the CPU library and, where torch can use a CUDA device, the CUDA library. Later calls do nothing."""
+    """Loads the CPU library and, where torch sees a CUDA device, the CUDA library. Later calls do nothing."""
     with _lock:
         if not _status:
             _status.update({name: _load(name) for name in ("cpu", "cuda")})
@@ -58,9 +58,9 @@ def why_not_cuda() -> str | None:
 
 
 def build_info() -> dict[str, str]:
-    """How the native code was built (versions, architectures, flags), as recorded by the `_native` module.
+    """How the native code was built (versions, architectures, flags), as the `_native` module recorded it.
 
-    Where that module is missing or belongs to another Python, the only entry is `"unavailable"` with the reason.
+    Where that module is missing or belongs to another Python, the only entry is `"unavailable"`: the reason.
     """
     try:
         module = importlib.import_module("transkimmer_kernels._native")

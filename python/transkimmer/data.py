@@ -72,7 +72,7 @@ class TokenizedSentences(Dataset[dict[str, object]]):
     def __getitem__(self, index: int) -> dict[str, object]:
         example: dict[str, object] = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
         if self.teacher_logits is not None:
-            example["teacher_logits"] = self.teacher_logits[index]
+            example["teacher_logits"] = self.teacher_logits[index].tolist()
         return example
 
 

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transkimmer_kernels import Ragged, kernel_set
-from transkimmer_kernels.runtime import Trace, run_encoder
+from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 
 from .architectures import ARCHITECTURES, Architecture, get
 from .config import SkimConfig
@@ -39,6 +39,7 @@ class SkimmingEncoder(nn.Module):
         skim_model_config: the model's Hugging Face config (DistilBERT's encoder has none of its own).
         skim_config: the live `SkimConfig`.
         skim_kernels: the choice of kernels.
+        skim_enabled: False runs every layer on every token.
         skim_first_token_only: whether the head reads only the first token.
     """
 
@@ -46,6 +47,7 @@ class SkimmingEncoder(nn.Module):
     skim_predictors: nn.ModuleList
     skim_config: SkimConfig
     skim_kernels: str
+    skim_enabled: bool
     skim_first_token_only: bool
     skim_weights: WeightCache
 
@@ -99,8 +101,10 @@ class SkimmingEncoder(nn.Module):
         with torch.no_grad():
             batch.hidden = given.detach().to(dtype, copy=True)
             with torch.inference_mode(), torch.autocast(given.device.type, enabled=False):
-                policy: PredictorPolicy | SchedulePolicy
-                if config.schedule is not None:
+                policy: Policy | None
+                if not self.skim_enabled:
+                    policy = None
+                elif config.schedule is not None:
                     policy = SchedulePolicy(config.schedule, batch, weights.predictors, kernels)
                 else:
                     sample = config.decision == "sample"
@@ -135,13 +139,14 @@ class SkimmingEncoder(nn.Module):
             batch.hidden[rows],
             sequences,
             architecture.layers(self),
-            list(self.skim_predictors),
+            list(self.skim_predictors) if self.skim_enabled else None,
             architecture,
             self.skim_config,
             self.skim_model_config.num_attention_heads,
             kernels,
         )
-        record.skim_loss = torch.stack([keep.mean() for keep in result.keep]).mean() if count else None
+        if count and self.skim_enabled:
+            record.skim_loss = torch.stack([keep.mean() for keep in result.keep]).mean()
         leave_skim_loss(record.skim_loss)
         if current_records() is not None:
             record.logits = [logit.detach() for logit in result.logits]

@@ -31,7 +31,8 @@ class PredictorPolicy:
         logit = self.predictors[layer].logit(batch, self.kernels)
         if self.sample:
             logit = logit + logistic_noise(logit)
-        return logit >= self.logit_threshold
+        # Not `>=`: a token whose state is NaN stays, and shows, instead of vanishing quietly.
+        return ~(logit < self.logit_threshold)
 
 
 class SchedulePolicy:

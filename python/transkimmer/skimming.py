@@ -47,6 +47,15 @@ class Skimming:
         self._encoder.skim_kernels = kernels
 
     @property
+    def enabled(self) -> bool:
+        """Whether tokens are skimmed; False runs the dense model, predictors left out, still without padding."""
+        return self._encoder.skim_enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._encoder.skim_enabled = bool(value)
+
+    @property
     def serves(self) -> dict[str, str]:
         """operator -> backend that runs it on the model's present device."""
         return dict(kernel_set(self.kernels, next(self._encoder.parameters()).device.type).serves)
@@ -103,6 +112,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     encoder.skim_model_config = model.config
     encoder.skim_config = config
     encoder.skim_kernels = kernels
+    encoder.skim_enabled = True
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
     model.skimming = Skimming(encoder, model.config._attn_implementation)

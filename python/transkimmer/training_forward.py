@@ -42,21 +42,23 @@ def train_encoder(
     hidden: Tensor,
     sequences: PackedSequences,
     layers: Sequence[nn.Module],
-    predictors: Sequence[nn.Module],
+    predictors: Sequence[nn.Module] | None,
     architecture: Architecture,
     config: SkimConfig,
     num_heads: int,
     kernels: KernelSet,
 ) -> TrainingResult:
-    """Runs the layers on packed states [tokens, d]."""
+    """Runs the layers on packed states [tokens, d]; without predictors nothing is skimmed."""
     keep = hidden.new_ones(hidden.size(0), dtype=torch.float32)
     final = hidden
     result = TrainingResult(hidden, [], [])
-    for layer, predictor in zip(layers, predictors, strict=True):
-        logit = predictor(hidden)  # [tokens]
-        decided = straight_through_keep(logit, config.temperature)
-        # A skimmed token never comes back; the first token is never scored.
-        keep = keep * torch.where(sequences.first, 1.0, decided)
+    for index, layer in enumerate(layers):
+        if predictors is not None:
+            logit = predictors[index](hidden)  # [tokens]
+            decided = straight_through_keep(logit, config.temperature)
+            # A skimmed token never comes back; the first token is never scored.
+            keep = keep * torch.where(sequences.first, 1.0, decided)
+            result.logits.append(logit)
         arguments = (layer, hidden, keep, sequences, architecture, config, num_heads, kernels)
         if getattr(layer, "gradient_checkpointing", False):
             hidden = checkpoint(_layer, *arguments, use_reentrant=False)
@@ -65,7 +67,6 @@ def train_encoder(
         # Kept rows take the layer's output, skimmed rows stay as they were when they left.
         final = torch.lerp(final.float(), hidden.float(), keep.unsqueeze(-1)).to(hidden.dtype)
         result.keep.append(keep)
-        result.logits.append(logit)
     result.hidden = final
     return result
 

@@ -1,5 +1,5 @@
 """The ragged encoder loop."""
 
-from .encoder import LayerWeights, PredictorWeights, Trace, run_encoder
+from .encoder import LayerWeights, Policy, PredictorWeights, Trace, run_encoder
 
-__all__ = ["LayerWeights", "PredictorWeights", "Trace", "run_encoder"]
+__all__ = ["LayerWeights", "Policy", "PredictorWeights", "Trace", "run_encoder"]

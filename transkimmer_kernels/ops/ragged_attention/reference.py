@@ -38,8 +38,8 @@ def ragged_attention(
         if keep is not None:
             scores = scores + keep[keys].log()
         lse[:, rows] = scores.logsumexp(-1)
-        # A query whose keys all have weight 0 has lse = -inf: its row of P is 0, not NaN.
-        p = (scores - lse[:, rows].unsqueeze(-1)).exp().nan_to_num(0.0)
+        # A query whose keys all have weight 0 has lse = -inf: its row of P is 0. Any other NaN is the caller's own.
+        p = scores.softmax(-1).masked_fill(lse[:, rows].unsqueeze(-1) == -torch.inf, 0.0)
         out[rows] = (p @ vs).transpose(0, 1).to(q.dtype)
         if return_importance:
             importance[keys] = p.sum((0, 1))

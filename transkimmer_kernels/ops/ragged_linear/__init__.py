@@ -91,11 +91,14 @@ def _make_backward_norm(backend: str) -> Callable[..., Any]:
         x, weight, bias, residual, residual_slots, norm_weight, norm_bias, cu_seqlens = ctx.saved_tensors
         rows, _ = _pick(x, None, cu_seqlens)
         picked, index = _pick(residual, residual_slots, cu_seqlens)
+        # A zeroed row has no variance: its 1 / sqrt(eps) overflows fp16, and infinity times no gradient is NaN.
+        precision = torch.float32 if x.dtype == torch.float16 else x.dtype
+        total = F.linear(rows, weight, bias) + picked[: x.size(0)]
         with torch.enable_grad():
-            total = (F.linear(rows, weight, bias) + picked[: x.size(0)]).detach().requires_grad_()
-            leaves = (total, norm_weight.detach().requires_grad_(), norm_bias.detach().requires_grad_())
-            y = F.layer_norm(total, (total.size(1),), leaves[1], leaves[2], ctx.eps)
-            grad, grad_norm_weight, grad_norm_bias = torch.autograd.grad(y, leaves, zero_tail(grad, cu_seqlens))
+            leaves = tuple(t.detach().to(precision).requires_grad_() for t in (total, norm_weight, norm_bias))
+            y = F.layer_norm(leaves[0], (total.size(1),), leaves[1], leaves[2], ctx.eps)
+            grads = torch.autograd.grad(y, leaves, zero_tail(grad, cu_seqlens).to(precision))
+        grad, grad_norm_weight, grad_norm_bias = (g.to(x.dtype) for g in grads)
         grad = zero_tail(grad, cu_seqlens)
         grad_residual = _send_back(grad, index, residual)
         return (

@@ -1,0 +1,53 @@
+"""Writes `python/transkimmer/bench/lengths.json`: token counts of real texts, which the benchmarks take as lengths.
+
+    python benchmarks/make_lengths.py --data DIR --tokenizer FOLDER
+
+DIR holds the official GLUE files (MRPC/dev.tsv, SST-2/dev.tsv, RTE/dev.tsv) and IMDB/test.tsv.xz (id, label, stars,
+text). Only counts are stored, special tokens included, cut at 512; of IMDB every 50th review.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import lzma
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+MAX_LENGTH = 512
+TARGET = Path(__file__).parents[1] / "python/transkimmer/bench/lengths.json"
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
+    with opened as file:
+        return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+
+    def count(*columns: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(*columns, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+
+    mrpc = read_rows(arguments.data / "MRPC/dev.tsv")
+    sst2 = read_rows(arguments.data / "SST-2/dev.tsv")
+    rte = read_rows(arguments.data / "RTE/dev.tsv")
+    imdb = read_rows(arguments.data / "IMDB/test.tsv.xz")[::50]
+    lengths = {
+        "mrpc": count([row[3] for row in mrpc], [row[4] for row in mrpc]),
+        "sst2": count([row[0] for row in sst2]),
+        "rte": count([row[1] for row in rte], [row[2] for row in rte]),
+        "imdb": count([row[3] for row in imdb]),
+    }
+    TARGET.write_text(json.dumps(lengths) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+// Self-check of the CPU kernels without torch: the instruction set that TRANSKIMMER_CPU_ISA names (or the best one of
+// this machine) against double precision. Exit status 77 says that this machine lacks it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "transkimmer/cpu_kernels.h"
+#include "transkimmer/cpu_schedule.h"
+
+namespace cpu = transkimmer::cpu;
+
+namespace {
+
+// Not assert(): it would be compiled out of a release build.
+#define CHECK(condition, ...)                                               \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
+      std::fprintf(stderr, __VA_ARGS__);                                    \
+      std::fprintf(stderr, "\n");                                           \
+      std::exit(1);                                                         \
+    }                                                                       \
+  } while (0)
+
+void check_close(double value, double expected, double tolerance, const char* what, int64_t index) {
+  const bool equal = value == expected;  // infinities
+  CHECK(equal || std::abs(value - expected) <= tolerance * (1 + std::abs(expected)), "%s[%lld] is %.9g, expected %.9g",
+        what, static_cast<long long>(index), value, expected);
+}
+
+std::vector<float> random_floats(int64_t n, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(n);
+  for (float& x : values) x = normal(engine);
+  return values;
+}
+
+struct Scratch {
+  explicit Scratch(int64_t floats)
+      : data(static_cast<float*>(std::aligned_alloc(64, (floats / 16 + 1) * 64))) {}
+  ~Scratch() { std::free(data); }
+  float* data;
+};
+
+// One ragged batch in a fused [rows, 3, heads, dim] projection, forward and backward, against the definition.
+void check_attention(const std::vector<int32_t>& lengths, int64_t heads, int64_t dim, bool weighted) {
+  std::vector<int32_t> cu{0};
+  for (int32_t n : lengths) cu.push_back(cu.back() + n);
+  const int64_t rows = cu.back(), width = heads * dim;
+  const std::vector<float> qkv = random_floats(rows * 3 * width, 1), grad = random_floats(rows * width, 2);
+  std::vector<float> keep = random_floats(rows, 3);
+  for (float& x : keep) x = std::max(x, 0.0f);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  const cpu::AttentionShape shape{static_cast<int64_t>(lengths.size()), heads, dim, rows, rows, cu.data(), cu.data(),
+                                  scale};
+  const cpu::HeadView q{qkv.data(), 3 * width, dim}, k{qkv.data() + width, 3 * width, dim},
+      v{qkv.data() + 2 * width, 3 * width, dim}, grad_out{grad.data(), width, dim};
+  std::vector<float> out(rows * width), lse(heads * rows), importance(heads * rows);
+  std::vector<float> gq(rows * width), gk(rows * width), gv(rows * width), gkeep(heads * rows);
+  const float* weights = weighted ? keep.data() : nullptr;
+
+  const cpu::Kernels& kernels = cpu::kernels();
+  const cpu::AttentionPlan plan = cpu::plan_attention(shape, 3, false);
+  const Scratch scratch(
+      std::max(kernels.attention_forward_scratch(shape, plan.max_queries, plan.max_keys, true),
+               kernels.attention_backward_scratch(shape, plan.max_keys)));
+  const cpu::AttentionForwardArgs forward{shape, q, k, v, weights, out.data(), lse.data(), importance.data()};
+  const cpu::AttentionBackwardArgs backward{
+      shape,      grad_out, q, k, v, {out.data(), width, dim}, lse.data(), weights, gq.data(), gk.data(), gv.data(),
+      gkeep.data()};
+  for (const auto& piece : plan.pieces) kernels.attention_forward[0](forward, piece, scratch.data);
+  for (const auto& piece : plan.pieces) kernels.attention_backward[0](backward, piece, scratch.data);
+
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const auto at = [&](int64_t row, int part, int64_t d) {
+        return double{qkv[(row * 3 + part) * width + h * dim + d]};
+      };
+      std::vector<double> dk(lengths[b] * dim), dv(lengths[b] * dim), dkeep(lengths[b]), received(lengths[b]);
+      for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
+        std::vector<double> e(lengths[b]), p(lengths[b]), o(dim), dq(dim);
+        double sum = 0, delta = 0;
+        for (int64_t j = 0; j < lengths[b]; ++j) {
+          double s = 0;
+          for (int64_t d = 0; d < dim; ++d) s += at(i, 0, d) * at(cu[b] + j, 1, d);
+          e[j] = std::exp(s * scale);
+          p[j] = e[j] * (weighted ? keep[cu[b] + j] : 1.0);
+          sum += p[j];
+        }
+        check_close(lse[h * rows + i], std::log(sum), 1e-5, "lse", i);
+        const double inverse = sum > 0 ? 1 / sum : 0;
+        for (int64_t j = 0; j < lengths[b]; ++j) {
+          e[j] *= inverse;
+          received[j] += p[j] *= inverse;
+          for (int64_t d = 0; d < dim; ++d) o[d] += p[j] * at(cu[b] + j, 2, d);
+        }
+        const float* g = &grad[i * width + h * dim];
+        for (int64_t d = 0; d < dim; ++d) {
+          check_close(out[i * width + h * dim + d], o[d], 1e-5, "out", i);
+          delta += g[d] * o[d];
+        }
+        for (int64_t j = 0; j < lengths[b]; ++j) {
+          double dp = -delta;
+          for (int64_t d = 0; d < dim; ++d) dp += g[d] * at(cu[b] + j, 2, d);
+          dkeep[j] += e[j] * dp;
+          for (int64_t d = 0; d < dim; ++d) {
+            dq[d] += scale * p[j] * dp * at(cu[b] + j, 1, d);
+            dk[j * dim + d] += scale * p[j] * dp * at(i, 0, d);
+            dv[j * dim + d] += p[j] * g[d];
+          }
+        }
+        for (int64_t d = 0; d < dim; ++d) check_close(gq[i * width + h * dim + d], dq[d], 1e-4, "grad_q", i);
+      }
+      for (int64_t j = 0; j < lengths[b]; ++j) {
+        const int64_t row = cu[b] + j;
+        check_close(importance[h * rows + row], received[j], 1e-4, "importance", row);
+        if (weighted) check_close(gkeep[h * rows + row], dkeep[j], 1e-3, "grad_keep", row);
+        for (int64_t d = 0; d < dim; ++d) {
+          check_close(gk[row * width + h * dim + d], dk[j * dim + d], 1e-4, "grad_k", row);
+          check_close(gv[row * width + h * dim + d], dv[j * dim + d], 1e-4, "grad_v", row);
+        }
+      }
+    }
+  }
+}
+
+// Every query of every head in exactly one piece, however many threads there are.
+void check_plan() {
+  const std::vector<int32_t> cu{0, 700, 700, 703, 760};
+  for (int64_t threads : {1, 2, 7, 64}) {
+    const cpu::AttentionShape shape{4, 5, 64, 760, 760, cu.data(), cu.data(), 1.0f};
+    std::vector<int> seen(5 * 760);
+    for (const auto& p : cpu::plan_attention(shape, threads, true).pieces) {
+      for (int64_t h = p.head_begin; h < p.head_end; ++h) {
+        for (int64_t i = p.query_begin; i < p.query_end; ++i) ++seen[h * 760 + cu[p.sequence] + i];
+      }
+    }
+    CHECK(std::count(seen.begin(), seen.end(), 1) == 5 * 760, "with %d threads", static_cast<int>(threads));
+  }
+}
+
+void check_norm(int64_t dim) {
+  const std::vector<float> x = random_floats(dim, 4), r = random_floats(dim, 5), w = random_floats(dim, 6),
+                           b = random_floats(dim, 7), u = random_floats(dim, 8);
+  std::vector<double> z(dim);
+  double mean = 0, variance = 0, delta = 0.25;
+  for (int64_t d = 0; d < dim; ++d) mean += (double{x[d]} + r[d]) / dim;
+  for (int64_t d = 0; d < dim; ++d) variance += std::pow(double{x[d]} + r[d] - mean, 2) / dim;
+  std::vector<float> sum(dim), out = r;  // the output is the residual itself
+  for (int64_t d = 0; d < dim; ++d) {
+    z[d] = (double{x[d]} + r[d] - mean) / std::sqrt(variance + 1e-5) * w[d] + b[d];
+    delta += u[d] * 0.5 * z[d] * (1 + std::erf(z[d] / std::sqrt(2.0)));
+    sum[d] = x[d] + r[d];
+  }
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Scratch scratch(kernels.norm_scratch(dim));
+  cpu::NormArgs args{dim, 1e-5f, w.data(), b.data(), x.data(), nullptr, out.data(), nullptr, out.data(), nullptr};
+  kernels.norm_rows[0](args, 0, 1, scratch.data);
+  for (int64_t d = 0; d < dim; ++d) check_close(out[d], z[d], 1e-5, "norm", d);
+  args.x = sum.data(), args.residual = nullptr;
+  float result = 0;
+  kernels.norm_gelu_dot[0]({args, u.data(), 0.25f, &result}, 0, 1, scratch.data);
+  check_close(result, delta, 1e-5 * std::sqrt(static_cast<double>(dim)), "delta", 0);
+}
+
+// The widening and rounding of bf16, by normalising a row of 1 and -1, whose normal form is itself.
+void check_bf16() {
+  const uint16_t one = 0x3f80, minus_one = 0xbf80, weight[2] = {0x4049, 0x3f81}, bias[2] = {0x3b80, 0x3c00};
+  const uint16_t x[2] = {one, minus_one};
+  uint16_t out[2];
+  const Scratch scratch(cpu::kernels().norm_scratch(2));
+  cpu::kernels().norm_rows[1]({2, 0.0f, weight, bias, x, nullptr, nullptr, nullptr, out, nullptr}, 0, 1,
+                              scratch.data);
+  // 3.140625 + 2^-8 rounds down to 3.140625; -(1 + 2^-7) + 2^-7 is -1.
+  CHECK(out[0] == 0x4049 && out[1] == minus_one, "%04x %04x", out[0], out[1]);
+}
+
+void check_rows() {
+  const bool keep[] = {false, true, true, false, false, true};
+  const int32_t slots[] = {9, 4, 7, 1, 0, 3}, cu[] = {0, 3, 3, 6};
+  int32_t new_slots[6], new_cu[4];
+  cpu::compact(keep, slots, cu, 3, true, new_slots, new_cu);
+  CHECK((std::vector<int32_t>(new_cu, new_cu + 4) == std::vector<int32_t>{0, 3, 3, 5}), "keep_first");
+  CHECK((std::vector<int32_t>(new_slots, new_slots + 5) == std::vector<int32_t>{9, 4, 7, 1, 3}), "keep_first");
+  cpu::compact(keep, slots, cu, 3, false, new_slots, new_cu);
+  CHECK((std::vector<int32_t>(new_cu, new_cu + 4) == std::vector<int32_t>{0, 2, 2, 3}), "keep");
+  CHECK(new_slots[0] == 4 && new_slots[1] == 7 && new_slots[2] == 3, "keep");
+  const char x[] = "aabbcc";
+  const int32_t index[] = {2, 0}, inverse[] = {-1, 1};
+  char y[4];
+  cpu::gather_rows(x, index, 2, 0, 2, y);
+  CHECK(std::string(y, 4) == "ccaa", "gather_rows");
+  cpu::scatter_rows(x, inverse, 2, 0, 2, y);
+  CHECK(std::string(y, 4) == std::string("\0\0bb", 4), "scatter_rows");
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("instruction set %s\n", cpu::kernels().isa);
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 77;
+  }
+  for (bool weighted : {false, true}) {
+    check_attention({1, 0, 2, 17, 33}, 2, 64, weighted);
+    check_attention({5, 70}, 3, 40, weighted);
+    check_attention({600}, 1, 32, weighted);
+  }
+  check_plan();
+  for (int64_t dim : {2, 31, 64, 384, 1000}) check_norm(dim);
+  check_bf16();
+  check_rows();
+  std::puts("ok");
+  return 0;
+}

@@ -1,0 +1,150 @@
+"""The `bench` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from transkimmer_kernels import native
+
+from ..config import SkimConfig
+from ..data import TokenizedSentences, padded_batches, read_sst2, sample_path
+from ..skimming import add_skimming
+from . import show, workload
+from .timing import Row, compare
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SENTENCES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", help="demo, bert-base-shape (random weights), hub name or folder")
+    parser.add_argument("--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; not for the demo")
+    parser.add_argument("--lengths", help="with --schedule: mrpc, sst2, rte, imdb, or a text file (needs --tokenizer)")
+    parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=None, help="default 32 for the demo, 16 with --schedule")
+    parser.add_argument("--batches", type=int, default=None, help="default: all for the demo, 4 with --schedule")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write what is printed as one HTML page")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name in ("batch_size", "batches", "threads", "max_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    console = Console(record=arguments.html is not None, width=None if os.isatty(1) else 140)
+    if arguments.model == "demo":
+        if arguments.schedule or arguments.lengths:
+            raise ValueError("--schedule and --lengths do not go with the demo model, whose predictors are trained")
+        title, rows = _run_demo(arguments, console)
+    else:
+        title, rows = _run_schedule(arguments, console)
+    if arguments.json is not None:
+        _write_json(arguments.json, arguments, title, rows)
+    if arguments.html is not None:
+        show.save_html(console, arguments.html)
+        console.print(f"wrote {arguments.html}")
+    return 0
+
+
+def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, list[Row]]:
+    from ..demo import CLASS_NAMES, load_demo, stored_figures
+
+    model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
+    sentences = read_sst2(sample_path())
+    examples = TokenizedSentences(sentences, tokenizer)
+    batches = []
+    for batch in padded_batches(examples, tokenizer, arguments.batch_size or 32):
+        labels = batch.pop("labels")
+        batches.append(workload.Batch(batch, batch["attention_mask"].sum(1), labels))
+    batches = batches[: arguments.batches]
+    rows = compare(model, batches, arguments.repeats)
+    count = sum(batch.lengths.numel() for batch in batches)
+    title = (
+        f"MiniLM (6 layers) with skimming on {count} SST-2 dev sentences, learned decisions; "
+        f"{arguments.dtype}, batch {arguments.batch_size or 32}, {torch.get_num_threads()} threads"
+    )
+    console.print(show.table_of(rows, title))
+    stored = stored_figures()
+    console.print(
+        f"stored when it was trained: dense fine-tune {stored['dense_accuracy']:.2%}, "
+        f"skimming {stored['accuracy']:.2%} at FLOPs ×{stored['flops_speedup']:.2f}"
+    )
+    show.print_sentences(console, model, tokenizer, [s.text for s in sentences[:SENTENCES]], CLASS_NAMES)
+    return title, rows
+
+
+def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str, list[Row]]:
+    if not arguments.schedule or not arguments.lengths:
+        raise ValueError(f"--model {arguments.model}: needs --schedule and --lengths (see transkimmer bench --help)")
+    model = workload.load_model(arguments.model)
+    ratios = workload.parse_schedule(arguments.schedule, model.config.num_hidden_layers)
+    longest = min(arguments.max_length, model.config.max_position_embeddings)
+    lengths = workload.lengths_of(arguments.lengths, arguments.tokenizer, longest)
+    size = arguments.batch_size or 16
+    batches = workload.random_batches(lengths, size, arguments.batches or 4, model.config.vocab_size)
+    model.to(DTYPES[arguments.dtype])
+    add_skimming(model, SkimConfig(schedule=ratios), kernels=arguments.kernels)
+    rows = compare(model.eval(), batches, arguments.repeats)
+    title = (
+        f"{arguments.model}, lengths of {arguments.lengths}, synthetic schedule {arguments.schedule}; "
+        f"{arguments.dtype}, {len(batches)} batches of {size}, {torch.get_num_threads()} threads"
+    )
+    console.print(show.table_of(rows, title))
+    return title, rows
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the command."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "libraries": {name: status.reason or "loaded" for name, status in native.status().items()},
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _write_json(path: Path, arguments: argparse.Namespace, title: str, rows: list[Row]) -> None:
+    options = {key: value for key, value in vars(arguments).items() if isinstance(value, (str, int, float))}
+    document = {
+        "title": title,
+        "options": options,
+        "environment": environment(),
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_whole(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in one step: an interrupted or failing write leaves the old one."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

@@ -1,0 +1,94 @@
+"""Tables and coloured sentences, for the terminal and as one self-contained HTML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..records import record_skimming
+from .timing import Row
+
+# From words dropped before the first layer (faint) to words read by every layer (bold).
+_RAMP = ("#bdbdbd", "#9ecae1", "#6baed6", "#3182bd", "#31a354", "#e6a000", "#e6550d", "#c51b1b")
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("accuracy", "tokens kept", "FLOPs ×", "wall-clock ×", "skim efficiency", "agreement", "median", "±"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            "–" if row.accuracy is None else f"{row.accuracy:.2%}",
+            f"{row.tokens_kept:.1%}",
+            f"{row.flops_speedup:.2f}",
+            f"{row.wall_clock_speedup:.2f}",
+            f"{row.skim_efficiency:.2f}",
+            f"{row.agreement:.1%}",
+            f"{row.median_s:.3f} s",
+            f"{row.spread:.0%}",
+        )
+    return table
+
+
+@torch.no_grad()
+def word_depths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[tuple[str, int]], int]:
+    """(words with the number of layers that read them, predicted class); a word is read as long as any piece of it."""
+    encoding = tokenizer(text, return_tensors="pt", truncation=True)
+    with record_skimming() as records:
+        predicted = int(model(**encoding).logits.argmax())
+    depth = records[0].keep_masks[:, 0].sum(0)  # [seq]
+    spans: dict[int, tuple[int, int, int]] = {}
+    for token, word in enumerate(encoding.word_ids(0)):
+        if word is not None:
+            start, end = encoding.token_to_chars(0, token)
+            low, high, deepest = spans.get(word, (start, end, 0))
+            spans[word] = (min(low, start), max(high, end), max(deepest, int(depth[token])))
+    return [(text[low:high], deepest) for low, high, deepest in spans.values()], predicted
+
+
+def colour(depth: int, layers: int) -> str:
+    return _RAMP[round(depth / max(layers, 1) * (len(_RAMP) - 1))]
+
+
+def sentence_line(words: Sequence[tuple[str, int]], layers: int) -> Text:
+    line = Text()
+    for word, depth in words:
+        line.append(word, style=f"{'bold ' if depth == layers else ''}{colour(depth, layers)}")
+        line.append(" ")
+    return line
+
+
+def legend(layers: int) -> Text:
+    line = Text("read by ")
+    for depth in range(layers + 1):
+        line.append(f" {depth} ", style=f"{'bold ' if depth == layers else ''}{colour(depth, layers)}")
+    return line.append(" layers")
+
+
+def print_sentences(
+    console: Console,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    layers = model.config.num_hidden_layers
+    console.print(legend(layers))
+    for text in texts:
+        words, predicted = word_depths(model, tokenizer, text)
+        console.print(Text(f"{class_names[predicted]:>9}  ").append_text(sentence_line(words, layers)))
+
+
+def save_html(console: Console, path: str | os.PathLike[str]) -> None:
+    """Writes what a recording console has printed; one file, no scripts, nothing loaded from elsewhere."""
+    console.save_html(os.fspath(path), clear=False)

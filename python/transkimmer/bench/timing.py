@@ -1,0 +1,122 @@
+"""Timing contenders side by side: batch by batch in turn, so that a slow spell of the machine hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..flops import EncoderShape
+from ..records import record_skimming
+from ..training.evaluation import predictor_width
+from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, contenders
+from .workload import Batch
+
+
+@dataclass
+class Row:
+    """One contender's figures. Speedups are over the faster of the two padding-free dense contenders.
+
+    name; accuracy (None without labels); tokens_kept: share of token-layers worked on, padding counting above 1;
+    flops_speedup; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: their quotient;
+    agreement: share of predictions equal to the dense model's; median_s: seconds for all batches; spread: (max - min)
+    / median over repeats.
+    """
+
+    name: str
+    accuracy: float | None
+    tokens_kept: float
+    flops_speedup: float
+    wall_clock_speedup: float
+    skim_efficiency: float
+    agreement: float
+    median_s: float
+    spread: float
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> list[Row]:
+    """Times the four ways of running `model` (with skimming) on `batches`."""
+    if repeats < 1:
+        raise ValueError(f"--repeats {repeats}: must be at least 1")
+    field = contenders(model)
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
+    with tqdm(total=(repeats + 1) * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
+        answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
+        layer_lengths = []
+        for batch in batches:  # untimed: answers, counts and warm-up
+            for contender in field:
+                with record_skimming() as records:
+                    answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
+                if contender.name == SKIMMING:
+                    layer_lengths.append(records[0].layer_lengths)
+                progress.update()
+        for repeat in range(repeats):
+            totals = dict.fromkeys(seconds, 0.0)
+            for number, batch in enumerate(batches):
+                turn = (repeat + number) % len(field)
+                for contender in field[turn:] + field[:turn]:
+                    start = time.perf_counter()
+                    contender.run(batch.inputs)
+                    totals[contender.name] += time.perf_counter() - start
+                    progress.update()
+            for name, total in totals.items():
+                seconds[name].append(total)
+    model.skimming.enabled = True
+    return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
+
+
+def _rows(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    seconds: dict[str, list[float]],
+    answers: dict[str, list[Tensor]],
+    layer_lengths: Tensor,
+) -> list[Row]:
+    lengths = torch.cat([batch.lengths for batch in batches])
+    padded = torch.cat([torch.full_like(batch.lengths, batch.inputs["input_ids"].size(1)) for batch in batches])
+    labels = None if batches[0].labels is None else torch.cat([b.labels for b in batches if b.labels is not None])
+    shape = EncoderShape.of(model.config, predictor_width(model))
+    dense = shape.dense_flops(lengths)
+    flops_speedups = {
+        PADDED: dense / shape.dense_flops(padded),
+        PLAIN: 1.0,
+        KEEP_ALL: 1.0,
+        SKIMMING: dense / shape.skimming_flops(lengths, layer_lengths),
+    }
+    total = float(lengths.sum())
+    kept = {
+        PADDED: float(padded.sum()) / total,
+        PLAIN: 1.0,
+        KEEP_ALL: 1.0,
+        SKIMMING: float(layer_lengths.sum()) / total / shape.layers,
+    }
+    baseline = min((PLAIN, KEEP_ALL), key=lambda name: statistics.median(seconds[name]))
+    reference = torch.cat(answers[KEEP_ALL])
+    rows = []
+    for name, times in seconds.items():
+        predictions = torch.cat(answers[name])
+        speedup = statistics.median(b / t for b, t in zip(seconds[baseline], times, strict=True))
+        rows.append(
+            Row(
+                name=name,
+                accuracy=None if labels is None else float((predictions == labels).double().mean()),
+                tokens_kept=kept[name],
+                flops_speedup=flops_speedups[name],
+                wall_clock_speedup=speedup,
+                skim_efficiency=speedup / flops_speedups[name],
+                agreement=float((predictions == reference).double().mean()),
+                median_s=statistics.median(times),
+                spread=(max(times) - min(times)) / statistics.median(times),
+            )
+        )
+    return rows

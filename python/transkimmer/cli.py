@@ -1,0 +1,41 @@
+"""The `transkimmer` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transkimmer_kernels import BackendUnavailable
+
+from . import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from .bench import command as bench
+    from .demo import train as demo_train
+
+    parser = argparse.ArgumentParser(prog="transkimmer", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module, text in (
+        ("bench", bench, "time dense against skimming, side by side, on real text"),
+        ("train-demo", demo_train, "train the demo model anew from the pretrained MiniLM"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError, BackendUnavailable) as error:
+        print(f"transkimmer {parsed.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

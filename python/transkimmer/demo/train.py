@@ -1,0 +1,195 @@
+"""`transkimmer train-demo`: MiniLM -> dense fine-tune on SST-2 -> skimming model, with Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..config import SkimConfig
+from ..data import Sentence, TokenizedSentences, padded_batches, read_sst2, sample_path
+from ..skimming import CONFIG_KEY, add_skimming
+from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters, chosen on held-out training sentences; the development set is read once, at the end."""
+
+    seed: int = 42
+    batch_size: int = 32
+    held_out: int = 2000
+    dense_learning_rate: float = 5e-5
+    dense_epochs: float = 3.0
+    learning_rate: float = 3e-5
+    epochs: float = 3.0
+    predictor_learning_rate: float = 2e-4
+    skim_weight: float = 0.6
+    skim_ramp: float = 0.3
+    temperature: float = 1.0
+    bias_init: float = 3.0
+    distillation_weight: float = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="SST-2's train.tsv or train.tsv.xz")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the weights and figures")
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for the dense model and logs")
+    parser.add_argument("--limit", type=int, default=None, help="train on the first N sentences only (a trial run)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains both models and writes weights and figures to `--output`."""
+    recipe = Recipe()
+    sentences = read_sst2(arguments.data)
+    random.Random(0).shuffle(sentences)
+    if arguments.limit is not None:
+        sentences = sentences[: recipe.held_out + arguments.limit]
+    if len(sentences) <= recipe.held_out:
+        raise ValueError(f"--data {arguments.data}: needs more than {recipe.held_out} sentences, has {len(sentences)}")
+    tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
+    train, held_out = sentences[recipe.held_out :], sentences[: recipe.held_out]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    dense = _train_dense(train, tokenizer, recipe, arguments.work / "dense")
+    teacher_logits = _logits(dense, TokenizedSentences(train, tokenizer), tokenizer)
+    figures: dict[str, Any] = {"recipe": vars(recipe), "train_sentences": len(train)}
+    figures.update(_figures(dense, tokenizer, held_out, prefix="dense_"))
+    model = _train_skimming(dense, train, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
+    _round_to_half(model)
+    figures.update(_figures(model, tokenizer, held_out, prefix=""))
+    figures[CONFIG_KEY] = model.skimming.config.to_dict()
+
+    tensors = {n: t.half().contiguous() for n, t in model.state_dict().items() if not n.startswith(EMBEDDINGS)}
+    save_file(tensors, arguments.output / WEIGHTS)
+    (arguments.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def _train_dense(
+    train: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
+) -> PreTrainedModel:
+    set_seed(recipe.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(backbone_folder(), num_labels=2)
+    model.base_model.embeddings.requires_grad_(False)  # as published: they need not be stored
+    arguments = TrainingArguments(
+        **_common(recipe, work),
+        learning_rate=recipe.dense_learning_rate,
+        num_train_epochs=recipe.dense_epochs,
+    )
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=TokenizedSentences(train, tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    ).train()
+    return model.eval()
+
+
+def _train_skimming(
+    dense: PreTrainedModel,
+    train: Sequence[Sentence],
+    teacher_logits: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    work: Path,
+) -> PreTrainedModel:
+    from ..training import SkimTrainer, SkimTrainingArguments  # needs accelerate, which only training does
+
+    set_seed(recipe.seed)
+    config = SkimConfig(
+        temperature=recipe.temperature, skim_weight=recipe.skim_weight, bias_init=recipe.bias_init
+    )
+    model = add_skimming(dense, config)
+    arguments = SkimTrainingArguments(
+        **_common(recipe, work),
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=recipe.epochs,
+        predictor_learning_rate=recipe.predictor_learning_rate,
+        skim_ramp=recipe.skim_ramp,
+        distillation_weight=recipe.distillation_weight,
+    )
+    SkimTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=TokenizedSentences(train, tokenizer, teacher_logits=teacher_logits),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    ).train()
+    return model.eval()
+
+
+def _common(recipe: Recipe, work: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(work),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": True,
+        "per_device_train_batch_size": recipe.batch_size,
+        "train_sampling_strategy": "group_by_length",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.01,
+        "logging_steps": 200,
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "seed": recipe.seed,
+    }
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, examples: TokenizedSentences, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """fp32 [examples, 2], in the order of the examples."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
+    logits = []
+    for batch in tqdm(padded_batches(examples, tokenizer, 128, sort=True), total=-(-len(order) // 128), desc="teacher"):
+        batch.pop("labels")
+        logits.append(model(**batch).logits)
+    restored = torch.empty(len(order), 2)
+    restored[torch.tensor(order)] = torch.cat(logits)
+    return restored
+
+
+def _figures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Sentence], prefix: str
+) -> dict[str, Any]:
+    from ..training import evaluate_classifier
+
+    figures: dict[str, Any] = {}
+    for name, sentences in (("", read_sst2(sample_path())), ("held_out_", held_out)):
+        batches = padded_batches(TokenizedSentences(sentences, tokenizer), tokenizer, 64, sort=True)
+        result = evaluate_classifier(model, batches)
+        figures[f"{prefix}{name}accuracy"] = result.accuracy
+        if not prefix:
+            figures[f"{name}tokens_kept"] = result.tokens_kept
+            figures[f"{name}tokens_kept_by_layer"] = result.tokens_kept_by_layer
+            figures[f"{name}flops_speedup"] = result.flops_speedup
+    return figures
+
+
+@torch.no_grad()
+def _round_to_half(model: PreTrainedModel) -> None:
+    """What is evaluated is what is stored."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(EMBEDDINGS):
+            parameter.copy_(parameter.half().float())

@@ -1,0 +1,28 @@
+"""Fixtures of every test: `target` runs a test once per backend and device, or says why it does not."""
+
+from __future__ import annotations
+
+import os
+
+# Threads that wait for each other must not spin: a busy machine would run the suite ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import pytest
+import torch
+
+from .target import TARGETS, Target
+
+# Reproducible everywhere: no random seeds, no example database, no deadline on a busy machine.
+hypothesis.settings.register_profile("transkimmer", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("transkimmer")
+
+
+@pytest.fixture(scope="session", params=TARGETS, ids=str)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

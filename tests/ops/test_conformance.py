@@ -1,0 +1,72 @@
+"""Every operator x backend x dtype x awkward case against an fp64 oracle, forwards and backwards.
+
+A new backend is tested by standing in `transkimmer_kernels.library.BACKENDS`; a new operator by a line in
+`operators.SPECS` and its cases. What must not be read is NaN in the inputs, and what is not written is NaN in the
+outputs (`cases.py`, `target.poisoned_allocations`).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ..target import DTYPES, TARGETS, Target
+from . import oracle
+from .cases import Case
+from .closeness import FORWARD, GRADIENT, assert_close_as_torch
+from .operators import CASES, SPECS, clone
+
+COMBINATIONS = [
+    pytest.param(target, case, dtype, id=f"{target}-{case}-{str(dtype).removeprefix('torch.')}")
+    for target in TARGETS
+    for case in CASES
+    for dtype in (DTYPES[target.backend] if case.operator != "compact" else DTYPES[target.backend][:1])
+    if case.backends is None or target.backend in case.backends
+]
+DIFFERENTIABLE = [parameter for parameter in COMBINATIONS if SPECS[parameter.values[1].operator].leaves]
+
+
+@pytest.mark.parametrize(("target", "case", "dtype"), COMBINATIONS)
+def test_forward(target: Target, case: Case, dtype: torch.dtype) -> None:
+    target.require(case.operator)
+    spec = SPECS[case.operator]
+    kwargs = case.make(dtype, target.device)
+    actual = oracle.valid(spec.name, kwargs, target.call(spec.function, **clone(kwargs)))
+    truth, yardstick = spec.oracle(kwargs, torch.float64), spec.oracle(kwargs, dtype)
+    terms = spec.terms(kwargs, actual[0]) if kwargs.get("return_importance") else {}
+    for name, ours, exact, plain in zip(spec.outputs, actual, truth, yardstick, strict=True):
+        if spec.exact:
+            assert torch.equal(ours, plain)
+            assert ours.dtype == plain.dtype
+        else:
+            assert_close_as_torch(ours, exact, plain, FORWARD, name, terms.get(name))
+
+
+@pytest.mark.parametrize(("target", "case", "dtype"), DIFFERENTIABLE)
+def test_backward(target: Target, case: Case, dtype: torch.dtype) -> None:
+    spec = SPECS[case.operator]
+    target.require(case.operator, *spec.backward)
+    kwargs = case.make(dtype, target.device)
+    names = spec.present_leaves(kwargs)
+    kwargs.update({name: kwargs[name].detach().requires_grad_() for name in names})
+
+    with target.only(spec.name, *spec.backward):
+        outputs = spec.function(**kwargs, kernels=target.backend)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        # The upstream gradient of an undefined row is as undefined as the row.
+        upstream = torch.full_like(first, torch.nan)
+        count = oracle.valid(spec.name, kwargs, outputs)[0].size(0)
+        upstream[:count] = torch.randn_like(first[:count])
+        actual = torch.autograd.grad(first, [kwargs[name] for name in names], upstream)
+
+    upstream = upstream[:count]
+    truth, yardstick = (spec.oracle_gradients(kwargs, upstream, d) for d in (torch.float64, dtype))
+    terms = spec.terms(kwargs, upstream)
+    for name, ours in zip(names, actual, strict=True):
+        assert ours.dtype == kwargs[name].dtype
+        if spec.exact:
+            assert torch.equal(ours, yardstick[name])
+        else:
+            assert_close_as_torch(
+                ours, truth[name], yardstick[name], GRADIENT, f"gradient of {name}", terms.get(name)
+            )

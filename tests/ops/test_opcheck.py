@@ -1,0 +1,78 @@
+"""torch.library.opcheck of every overload: schema, fake, autograd registration and, where there is one, the AOT path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transkimmer_kernels.library import OPERATORS
+
+from ..target import Target
+from . import cases
+from .cases import Source
+from .operators import SPECS, clone
+
+# One batch per operator and per branch of its schema. `spare=0` (see `_arguments`), because opcheck compares whole
+# outputs and those rows are undefined.
+ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "compact": [{"probability": 0.5, "keep_first": True}],
+    "gather_rows": [{"shape": (2, 8)}],
+    "scatter_rows": [{"shape": (2, 8)}],
+    "skim_logit": [{"width": 32, "inner": 16}],
+    "ragged_attention": [{"importance": True}, {"keep": "mixed"}],
+    "ragged_linear": [
+        {"width": 32, "out": 40, "activation": "gelu"},
+        {"width": 32, "out": 40, "gather": False, "bias": False},
+    ],
+    "ragged_linear_norm": [{"width": 32, "out": 40}, {"width": 32, "out": 40, "gather": False, "bias": False}],
+    "ragged_linear_norm_": [{"width": 32, "out": 40}],
+}
+CASES = [(name, options) for name, variants in ARGUMENTS.items() for options in variants]
+LENGTHS = (3, 0, 5, 1)
+# The in-place operator has no gradient; the backward operator is reached through `ragged_attention`.
+FORWARD_ONLY = ("test_schema", "test_faketensor")
+EVERYTHING = (*FORWARD_ONLY, "test_autograd_registration", "test_aot_dispatch_dynamic")
+
+
+def _arguments(operator: str, options: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Keyword arguments of the public function; every row is defined."""
+    source = Source(torch.float32, target.device)
+    make_batch = source.batch
+    source.batch = lambda lengths: make_batch(lengths, spare=0, unlisted=2)  # type: ignore[method-assign]
+    extra = {"spare": 0} if operator == "ragged_attention" else {}
+    kwargs = getattr(cases, operator)(source, LENGTHS, **options, **extra)
+    kwargs = {name: _finite(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    for name in SPECS[operator].present_leaves(kwargs):
+        kwargs[name] = kwargs[name].detach().requires_grad_()
+    return kwargs
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.5) if x.is_floating_point() else x
+
+
+def test_every_operator_is_checked() -> None:
+    assert set(ARGUMENTS) == set(SPECS) == set(OPERATORS) - {"ragged_attention_backward"}
+
+
+@pytest.mark.parametrize(("operator", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_overload(target: Target, operator: str, options: dict[str, Any]) -> None:
+    kwargs = _arguments(operator, options, target)
+    with target.only(operator) as ran:
+        SPECS[operator].function(**clone(kwargs), kernels=target.backend)
+    raw = ran.arguments(operator)
+    utilities = FORWARD_ONLY if operator == "ragged_linear_norm_" else EVERYTHING
+    torch.library.opcheck(OPERATORS[operator].overload(target.backend), raw, test_utils=utilities)
+
+
+@pytest.mark.parametrize("options", ARGUMENTS["ragged_attention"], ids=str)
+def test_backward_overload(target: Target, options: dict[str, Any]) -> None:
+    kwargs = _arguments("ragged_attention", options, target)
+    with target.only("ragged_attention", "ragged_attention_backward") as ran:
+        out, _, _ = SPECS["ragged_attention"].function(**kwargs, kernels=target.backend)
+        out.sum().backward()
+    raw = tuple(x.detach() if isinstance(x, Tensor) else x for x in ran.arguments("ragged_attention_backward"))
+    overload = OPERATORS["ragged_attention_backward"].overload(target.backend)
+    torch.library.opcheck(overload, raw, test_utils=FORWARD_ONLY)
