@@ -21,8 +21,8 @@ TARGET = Path(__file__).parents[1] / "python/transkimmer/bench/lengths.json"
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
-    with opened as file:
+    unpack = lzma.open if path.suffix == ".xz" else open
+    with unpack(path, "rt", encoding="utf-8") as file:
         return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
 
 

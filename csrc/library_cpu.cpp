@@ -1,6 +1,5 @@
 // Registration of the CPU kernels with PyTorch through its stable ABI: checks, output tensors and threads.
-// What the operators compute is documented with their schemas in transkimmer_kernels/ops. The checks here guard memory:
-// whatever passes them cannot make a kernel read or write outside its tensors.
+// What the operators compute is documented with their schemas in transkimmer_kernels/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,19 +13,19 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_checks.h"
 #include "transkimmer/cpu_kernels.h"
 #include "transkimmer/cpu_schedule.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 namespace cpu = transkimmer::cpu;
+using namespace cpu::checks;
 
-// ---- Memory and threads --------------------------------------------------------------------------------------------
+// ---- Memory and threads ----
 
-// Scratch memory of the calling thread, 64-byte aligned. It is kept between calls: fresh pages would cost more than
-// the work on a short sequence.
+// Scratch memory of the calling thread, 64-byte aligned. It is kept between calls: fresh pages would cost
+// more than the work on a short sequence.
 float* scratch(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -44,11 +43,14 @@ float* scratch(int64_t floats) {
   return memory.get();
 }
 
-// Work per thread below which another thread does not pay, in bytes moved and in elements normalised (about 10 us).
+// Work per thread below which another thread does not pay, in bytes moved and in elements normalised (about
+// 10 us).
 constexpr int64_t kGrainBytes = 128 * 1024;
 constexpr int64_t kGrainElements = 32 * 1024;
 
-int64_t grain(int64_t work, int64_t per_row) { return std::max<int64_t>(1, work / std::max<int64_t>(per_row, 1)); }
+int64_t grain(int64_t work, int64_t per_row) {
+  return std::max<int64_t>(1, work / std::max<int64_t>(per_row, 1));
+}
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
@@ -62,104 +64,21 @@ void run_pieces(const cpu::AttentionPlan& plan, int64_t scratch_floats, const Bo
   });
 }
 
-// ---- Checks --------------------------------------------------------------------------------------------------------
+// ---- Compaction and row movement ----
 
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-void check_tensor(const Tensor& t, const char* name, int64_t dim, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
-                  "; expected ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(t.dim() == dim, name, " has shape ", shape_of(t), "; expected ", dim, " dimension(s)");
-}
-
-void check_dense(const Tensor& t, const char* name, int64_t dim, ScalarType dtype) {
-  check_tensor(t, name, dim, dtype);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " of shape ", shape_of(t), " must be contiguous");
-}
-
-void check_length(const Tensor& t, const char* name, int64_t length) {
-  STD_TORCH_CHECK(t.size(0) == length, name, " has ", t.size(0), " rows; expected ", length);
-}
-
-cpu::DType check_float(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " has dtype ",
-                  torch::headeronly::toString(dtype), "; the CPU kernels take float32 and bfloat16");
-  return dtype == ScalarType::Float ? cpu::DType::kFloat32 : cpu::DType::kBFloat16;
-}
-
-struct Sequences {
-  const int32_t* offsets;
-  int64_t batch, count;  // count = offsets[batch], the number of valid rows
-};
-
-Sequences check_sequences(const Tensor& cu_seqlens, const char* name, int64_t capacity) {
-  check_dense(cu_seqlens, name, 1, ScalarType::Int);
-  STD_TORCH_CHECK(cu_seqlens.size(0) >= 1, name, " is empty; expected [batch + 1] entries");
-  const Sequences s{static_cast<const int32_t*>(cu_seqlens.const_data_ptr()), cu_seqlens.size(0) - 1, 0};
-  STD_TORCH_CHECK(s.offsets[0] == 0, name, "[0] is ", s.offsets[0], "; it must be 0");
-  for (int64_t b = 0; b < s.batch; ++b) {
-    STD_TORCH_CHECK(s.offsets[b] <= s.offsets[b + 1], name, " decreases from ", s.offsets[b], " to ",
-                    s.offsets[b + 1], " at entry ", b + 1, "; it must be non-decreasing");
-  }
-  STD_TORCH_CHECK(s.offsets[s.batch] <= capacity, name, "[-1] is ", s.offsets[s.batch],
-                  ", more than the capacity of ", capacity, " rows");
-  return {s.offsets, s.batch, s.offsets[s.batch]};
-}
-
-// The first `count` entries of a slot list, each within [0, rows); null for no list.
-const int32_t* check_slots(const std::optional<Tensor>& slots, const char* name, int64_t count, int64_t rows) {
-  if (!slots.has_value()) {
-    STD_TORCH_CHECK(count <= rows, name, " is None, so ", rows, " rows must be at least cu_seqlens[-1] = ", count);
-    return nullptr;
-  }
-  check_dense(*slots, name, 1, ScalarType::Int);
-  STD_TORCH_CHECK(slots->size(0) >= count, name, " has ", slots->size(0), " entries; cu_seqlens[-1] is ", count);
-  const auto* p = static_cast<const int32_t*>(slots->const_data_ptr());
-  bool outside = false;  // no branch in the loop, so that it vectorises
-  for (int64_t i = 0; i < count; ++i) outside |= p[i] < 0 || p[i] >= rows;
-  for (int64_t i = 0; outside && i < count; ++i) {
-    STD_TORCH_CHECK(p[i] >= 0 && p[i] < rows, name, "[", i, "] is ", p[i], "; it must lie in [0, ", rows, ")");
-  }
-  return p;
-}
-
-// ---- Compaction and row movement -----------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, const Tensor& cu_seqlens, bool keep_first) {
+std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, const Tensor& cu_seqlens,
+                                   bool keep_first) {
   check_dense(slots, "slots", 1, ScalarType::Int);
   check_dense(keep, "keep", 1, ScalarType::Bool);
   check_length(keep, "keep", slots.size(0));
   const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", slots.size(0));
   Tensor new_slots = torch::stable::new_empty(slots, slots.sizes());
   Tensor new_cu_seqlens = torch::stable::new_empty(cu_seqlens, cu_seqlens.sizes());
-  cpu::compact(static_cast<const bool*>(keep.const_data_ptr()), static_cast<const int32_t*>(slots.const_data_ptr()),
-               s.offsets, s.batch, keep_first, static_cast<int32_t*>(new_slots.mutable_data_ptr()),
+  cpu::compact(static_cast<const bool*>(keep.const_data_ptr()),
+               static_cast<const int32_t*>(slots.const_data_ptr()), s.offsets, s.batch, keep_first,
+               static_cast<int32_t*>(new_slots.mutable_data_ptr()),
                static_cast<int32_t*>(new_cu_seqlens.mutable_data_ptr()));
   return {new_slots, new_cu_seqlens};
-}
-
-// Shape of x with another number of rows, and the bytes of one row.
-struct RowShape {
-  std::vector<int64_t> sizes;
-  int64_t bytes;
-};
-
-RowShape check_rows(const Tensor& x, int64_t rows) {
-  STD_TORCH_CHECK(x.is_cpu(), "x must be a CPU tensor");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "x of shape ", shape_of(x),
-                  " must be contiguous and have at least one dimension");
-  RowShape shape{{rows}, static_cast<int64_t>(x.element_size())};
-  for (int64_t i = 1; i < x.dim(); ++i) {
-    shape.sizes.push_back(x.size(i));
-    shape.bytes *= x.size(i);
-  }
-  return shape;
 }
 
 Tensor gather_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens) {
@@ -176,7 +95,8 @@ Tensor gather_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlen
 }
 
 Tensor scatter_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens, int64_t num_rows) {
-  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, "num_rows is ", num_rows, "; it must lie in [0, 2^31)");
+  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, "num_rows is ", num_rows,
+                  "; it must lie in [0, 2^31)");
   const RowShape shape = check_rows(x, num_rows);
   const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", x.size(0));
   const int32_t* index = check_slots(slots, "slots", s.count, num_rows);
@@ -193,17 +113,7 @@ Tensor scatter_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqle
   return y;
 }
 
-// ---- Ragged attention ----------------------------------------------------------------------------------------------
-
-cpu::HeadView check_heads(const Tensor& t, const char* name, ScalarType dtype, int64_t capacity, int64_t heads,
-                          int64_t head_dim) {
-  check_tensor(t, name, 3, dtype);
-  STD_TORCH_CHECK(t.size(0) == capacity && t.size(1) == heads && t.size(2) == head_dim, name, " has shape ",
-                  shape_of(t), "; expected [", capacity, ", ", heads, ", ", head_dim, "]");
-  STD_TORCH_CHECK(t.numel() == 0 || t.stride(2) == 1, name, " has stride ", t.stride(2),
-                  " in its last dimension, which must be contiguous");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
-}
+// ---- Ragged attention ----
 
 struct AttentionInputs {
   cpu::AttentionShape shape;
@@ -220,7 +130,8 @@ AttentionInputs check_attention(const Tensor& q, const Tensor& k, const Tensor& 
   check_tensor(q, "q", 3, dtype);
   check_tensor(k, "k", 3, dtype);
   const int64_t heads = q.size(1), head_dim = q.size(2);
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "q has head_dim ", head_dim, "; it must be a multiple of 8");
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "q has head_dim ", head_dim,
+                  "; it must be a multiple of 8");
   in.q = check_heads(q, "q", dtype, q.size(0), heads, head_dim);
   in.k = check_heads(k, "k", dtype, k.size(0), heads, head_dim);
   in.v = check_heads(v, "v", dtype, k.size(0), heads, head_dim);
@@ -234,8 +145,8 @@ AttentionInputs check_attention(const Tensor& q, const Tensor& k, const Tensor& 
     check_length(*keep, "keep", k.size(0));
     in.keep = static_cast<const float*>(keep->const_data_ptr());
   }
-  in.shape = {sq.batch,   heads,      head_dim,   q.size(0),
-              k.size(0),  sq.offsets, sk.offsets, static_cast<float>(scale)};
+  in.shape = {sq.batch,  heads,      head_dim,   q.size(0),
+              k.size(0), sq.offsets, sk.offsets, static_cast<float>(scale)};
   return in;
 }
 
@@ -244,16 +155,17 @@ Tensor sum_heads(const Tensor& partial, const cpu::AttentionShape& shape) {
   Tensor sum = torch::stable::new_empty(partial, {shape.capacity_k});
   const int64_t count = shape.cu_seqlens_k[shape.batch];
   auto* out = static_cast<float*>(sum.mutable_data_ptr());
-  cpu::kernels().sum_heads(static_cast<const float*>(partial.const_data_ptr()), shape.heads, shape.capacity_k, 0,
-                           count, out);
+  cpu::kernels().sum_heads(static_cast<const float*>(partial.const_data_ptr()), shape.heads, shape.capacity_k,
+                           0, count, out);
   std::fill(out + count, out + shape.capacity_k, 0.0f);
   return sum;
 }
 
 std::tuple<Tensor, Tensor, Tensor> ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                    int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, double scale,
-                                                    const std::optional<Tensor>& keep, bool return_importance) {
+                                                    int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
+                                                    double scale, const std::optional<Tensor>& keep,
+                                                    bool return_importance) {
   const AttentionInputs in = check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, keep);
   const cpu::AttentionShape& shape = in.shape;
   Tensor out = torch::stable::new_empty(q, {shape.capacity_q, shape.heads, shape.head_dim});
@@ -265,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(const Tensor& q, const Tenso
   if (return_importance) args.importance = static_cast<float*>(importance.mutable_data_ptr());
 
   // A head's importance is summed by one owner, in one order.
-  const cpu::AttentionPlan plan = cpu::plan_attention(shape, thread_count(), /*split_queries=*/!return_importance);
+  const cpu::AttentionPlan plan =
+      cpu::plan_attention(shape, thread_count(), /*split_queries=*/!return_importance);
   const cpu::Kernels& kernels = cpu::kernels();
   const auto forward = kernels.attention_forward[static_cast<int>(in.dtype)];
   run_pieces(plan,
@@ -284,35 +197,36 @@ void zero_tail(const Tensor& grad, int64_t count) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
-    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
-    double scale, const std::optional<Tensor>& keep) {
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/, double scale, const std::optional<Tensor>& keep) {
   const AttentionInputs in = check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, keep);
   const cpu::AttentionShape& shape = in.shape;
   const auto like_q = [&](const Tensor& t, const char* name) {
     return check_heads(t, name, q.scalar_type(), shape.capacity_q, shape.heads, shape.head_dim);
   };
   check_dense(lse, "lse", 2, ScalarType::Float);
-  STD_TORCH_CHECK(lse.size(0) == shape.heads && lse.size(1) == shape.capacity_q, "lse has shape ", shape_of(lse),
-                  "; expected [", shape.heads, ", ", shape.capacity_q, "]");
+  STD_TORCH_CHECK(lse.size(0) == shape.heads && lse.size(1) == shape.capacity_q, "lse has shape ",
+                  shape_of(lse), "; expected [", shape.heads, ", ", shape.capacity_q, "]");
   const bool with_keep = keep.has_value();
   Tensor grad_q = torch::stable::new_empty(q, {shape.capacity_q, shape.heads, shape.head_dim});
   Tensor grad_k = torch::stable::new_empty(k, {shape.capacity_k, shape.heads, shape.head_dim});
   Tensor grad_v = torch::stable::new_empty(v, {shape.capacity_k, shape.heads, shape.head_dim});
   Tensor grad_keep =
       torch::stable::new_empty(q, {with_keep ? shape.heads * shape.capacity_k : 0}, ScalarType::Float);
-  const cpu::AttentionBackwardArgs args{shape,
-                                        like_q(grad_out, "grad_out"),
-                                        in.q,
-                                        in.k,
-                                        in.v,
-                                        like_q(out, "out"),
-                                        static_cast<const float*>(lse.const_data_ptr()),
-                                        in.keep,
-                                        grad_q.mutable_data_ptr(),
-                                        grad_k.mutable_data_ptr(),
-                                        grad_v.mutable_data_ptr(),
-                                        with_keep ? static_cast<float*>(grad_keep.mutable_data_ptr()) : nullptr};
+  const cpu::AttentionBackwardArgs args{
+      shape,
+      like_q(grad_out, "grad_out"),
+      in.q,
+      in.k,
+      in.v,
+      like_q(out, "out"),
+      static_cast<const float*>(lse.const_data_ptr()),
+      in.keep,
+      grad_q.mutable_data_ptr(),
+      grad_k.mutable_data_ptr(),
+      grad_v.mutable_data_ptr(),
+      with_keep ? static_cast<float*>(grad_keep.mutable_data_ptr()) : nullptr};
 
   const cpu::AttentionPlan plan = cpu::plan_attention(shape, thread_count(), /*split_queries=*/false);
   const cpu::Kernels& kernels = cpu::kernels();
@@ -325,19 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
   return {grad_q, grad_k, grad_v, with_keep ? sum_heads(grad_keep, shape) : grad_keep};
 }
 
-// ---- LayerNorm and what surrounds it -------------------------------------------------------------------------------
-
-const void* check_vector(const Tensor& t, const char* name, const Tensor& x) {
-  check_dense(t, name, 1, x.scalar_type());
-  STD_TORCH_CHECK(t.size(0) == x.size(1), name, " has ", t.size(0), " entries; x has rows of ", x.size(1));
-  return t.const_data_ptr();
-}
-
-const void* check_matrix(const Tensor& t, const char* name, const Tensor& x) {
-  check_dense(t, name, 2, x.scalar_type());
-  STD_TORCH_CHECK(t.size(1) == x.size(1), name, " has rows of ", t.size(1), "; x has rows of ", x.size(1));
-  return t.const_data_ptr();
-}
+// ---- LayerNorm and what surrounds it ----
 
 template <typename Body>
 void for_rows(int64_t count, int64_t dim, const Body& body) {
@@ -362,13 +264,14 @@ Tensor layer_norm_rows(const Tensor& x, const std::optional<Tensor>& slots, cons
   args.x_index = check_slots(slots, "slots", s.count, x.size(0));
   args.out = y.mutable_data_ptr();
   const auto norm = cpu::kernels().norm_rows[static_cast<int>(dtype)];
-  for_rows(s.count, args.dim, [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
+  for_rows(s.count, args.dim,
+           [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
   return y;
 }
 
 void add_layer_norm_(const Tensor& out, const std::optional<Tensor>& out_slots, const Tensor& x,
-                     const Tensor& residual, const std::optional<Tensor>& residual_slots, const Tensor& weight,
-                     const Tensor& bias, double eps, const Tensor& cu_seqlens) {
+                     const Tensor& residual, const std::optional<Tensor>& residual_slots,
+                     const Tensor& weight, const Tensor& bias, double eps, const Tensor& cu_seqlens) {
   const cpu::DType dtype = check_float(x, "x");
   cpu::NormArgs args{};
   args.x = check_matrix(x, "x", x);
@@ -383,11 +286,13 @@ void add_layer_norm_(const Tensor& out, const std::optional<Tensor>& out_slots, 
   args.residual_index = check_slots(residual_slots, "residual_slots", s.count, residual.size(0));
   args.out_index = check_slots(out_slots, "out_slots", s.count, out.size(0));
   const auto norm = cpu::kernels().norm_rows[static_cast<int>(dtype)];
-  for_rows(s.count, args.dim, [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
+  for_rows(s.count, args.dim,
+           [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
 }
 
 Tensor layer_norm_gelu_dot(const Tensor& x, const Tensor& cu_seqlens, const Tensor& norm_weight,
-                           const Tensor& norm_bias, double eps, const Tensor& out_weight, const Tensor& out_bias) {
+                           const Tensor& norm_bias, double eps, const Tensor& out_weight,
+                           const Tensor& out_bias) {
   const cpu::DType dtype = check_float(x, "x");
   cpu::GeluDotArgs args{};
   args.norm.x = check_matrix(x, "x", x);
@@ -426,7 +331,8 @@ STABLE_TORCH_LIBRARY_IMPL(transkimmer, CPU, m) {
 
 STABLE_TORCH_LIBRARY(transkimmer_cpu, m) {
   m.def(
-      "layer_norm_rows(Tensor x, Tensor? slots, Tensor cu_seqlens, Tensor weight, Tensor bias, float eps) -> Tensor");
+      "layer_norm_rows(Tensor x, Tensor? slots, Tensor cu_seqlens, Tensor weight, Tensor bias, float eps) -> "
+      "Tensor");
   m.def(
       "layer_norm_gelu_dot(Tensor x, Tensor cu_seqlens, Tensor norm_weight, Tensor norm_bias, float eps, "
       "Tensor out_weight, Tensor out_bias) -> Tensor");

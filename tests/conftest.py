@@ -23,6 +23,14 @@ def target(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operators(*names): what a test with `target` runs; skipped where unavailable")
+
+
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def prepare(request: pytest.FixtureRequest) -> None:
+    """Seeds; and skips, with the registry's reason, what the test's target cannot serve."""
     torch.manual_seed(0)
+    marker = request.node.get_closest_marker("operators")
+    if marker is not None:
+        request.node.callspec.params["target"].require(*marker.args)

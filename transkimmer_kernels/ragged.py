@@ -66,8 +66,11 @@ class Ragged:
         check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.size(0), hidden.device)
         if hidden.device.type == "cpu":
             covered = int(cu_seqlens[-1])
+            require(covered == hidden.size(0), f"cu_seqlens: ends at {covered}, but there are {hidden.size(0)} tokens")
+            longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
             require(
-                covered == hidden.size(0), f"cu_seqlens: ends at {covered}, but there are {hidden.size(0)} tokens"
+                max_seqlen is None or max_seqlen >= longest,
+                f"max_seqlen: must be at least the longest sequence, {longest}, got {max_seqlen}",
             )
         slots = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
         return cls(hidden, slots, cu_seqlens, hidden.size(0) if max_seqlen is None else max_seqlen)
@@ -82,6 +85,7 @@ class Ragged:
         cu_first = torch.zeros_like(self.cu_seqlens)
         cu_first[1:] = (lengths > 0).cumsum(0, dtype=torch.int32)
         # Non-empty sequences move to the front of the list; a sequence that ends nowhere is written behind it.
-        first = self.slots[self.cu_seqlens[:-1].clamp(max=max(self.capacity - 1, 0)).long()]
+        start = self.cu_seqlens[:-1].clamp(max=max(self.capacity - 1, 0)).long()
+        first = self.slots[start] if self.capacity else self.slots.new_zeros(self.batch)
         target = torch.where(lengths > 0, cu_first[:-1], self.batch).long()
         return first.new_zeros(self.batch + 1).scatter_(0, target, first)[: self.batch].clone(), cu_first

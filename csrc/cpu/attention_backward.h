@@ -1,11 +1,11 @@
 // Ragged attention, backward: gradients of q, k, v and of the keep weights, for every sequence and head.
 //
-// The probabilities are recomputed from lse. Bytes: q, k, v, out and their gradients cross memory once. Layout: keys
-// and values of one (sequence, head) are packed twice, transposed (for q k^T and dO v^T) and row-major (for dS k);
-// queries go through in blocks of kQueryBlock rows, whose P and dS [kQueryBlock, keys] stay in L2, and the
-// contributions to dk and dv accumulate in fp32 beside them. All five products run on the tile of gemm.h.
-// Every sum has a fixed order and one owner, so the result is deterministic; the gradient of the keep weights is
-// written per head and summed over heads by the caller.
+// The probabilities are recomputed from lse. Bytes: q, k, v, out and their gradients cross memory once.
+// Layout: keys and values of one (sequence, head) are packed twice, transposed (for q k^T and dO v^T) and
+// row-major (for dS k); queries go through in blocks of kQueryBlock rows, whose P and dS [kQueryBlock, keys]
+// stay in L2, and the contributions to dk and dv accumulate in fp32 beside them. All five products run on the
+// tile of gemm.h. Every sum has a fixed order and one owner, so the result is deterministic; the gradient of
+// the keep weights is written per head and summed over heads by the caller.
 #pragma once
 
 #include <math.h>
@@ -19,12 +19,13 @@ constexpr int64_t kQueryBlock = 48;
 constexpr float kMaxExponent = 80.0f;
 
 struct BackwardScratch {
-  float *keys_t, *values_t, *keys;             // operands of one head
-  float *query, *grad_out, *scores, *grad_p;   // one block of queries
-  float *grad_k, *grad_v, *grad_keep;          // accumulators of one head
+  float *keys_t, *values_t, *keys;            // operands of one head
+  float *query, *grad_out, *scores, *grad_p;  // one block of queries
+  float *grad_k, *grad_v, *grad_keep;         // accumulators of one head
 };
 
-// In: scores q k^T and grad_p = dO v^T. Out: scores = P, grad_p = scale dS; adds to grad_keep. `delta` = dO . O.
+// In: scores q k^T and grad_p = dO v^T. Out: scores = P, grad_p = scale dS; adds to grad_keep. `delta` = dO .
+// O.
 inline void grad_scores_row(float* scores, float* grad_p, float* grad_keep, const float* keep, int64_t keys,
                             float scale, float lse, float delta) {
   const Vec factor = set1(scale * kLog2E), limit = set1(kMaxExponent * kLog2E), row_delta = set1(delta);
@@ -86,8 +87,10 @@ void attend_backward(const BackwardHead<T>& h, const BackwardScratch& s) {
                       h.lse[q + r], delta);
     }
     const bool accumulate = q > 0;
-    gemm<true>(h.keys, s.scores, columns, row_major(s.grad_out, width), rows, width, s.grad_v, width, accumulate);
-    gemm<true>(h.keys, s.grad_p, columns, row_major(s.query, width), rows, width, s.grad_k, width, accumulate);
+    gemm<true>(h.keys, s.scores, columns, row_major(s.grad_out, width), rows, width, s.grad_v, width,
+               accumulate);
+    gemm<true>(h.keys, s.grad_p, columns, row_major(s.query, width), rows, width, s.grad_k, width,
+               accumulate);
     // The packed queries are used up: their place takes dq.
     gemm<false>(rows, s.grad_p, columns, row_major(s.keys, width), h.keys, width, s.query, width, false);
     for (int64_t r = 0; r < rows; ++r) {

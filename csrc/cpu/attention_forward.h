@@ -1,15 +1,15 @@
 // Ragged attention, forward: out = softmax(scale q k^T, weighted by keep) v for every sequence and head.
 //
-// Bytes: q, k, v are read once, out and lse written once; scores live in L1 only. Layout: for one (sequence, head) the
-// keys are packed transposed (keys along lanes) and the values row-major, both in fp32, so that both products are
-// plain broadcasts times vectors and bf16 is widened once per key instead of once per score. A strip of kTileRows
-// queries then goes through q k^T, softmax and p v while its scores [kTileRows, keys] stay in L1.
-// Up to kKeyBlock keys (packed keys and values fit L2) the softmax is exact and single pass; beyond, blocks of keys
-// are merged with the running maximum and sum of flash attention. The exponential is base 2, log2(e) being folded
-// into the scale. A weight of zero becomes a score of -infinity before the maximum is taken, so a skimmed key with a
-// large score cannot push the kept ones into underflow.
-// One or two queries (the last layer needs only the first token's) would not repay packing: they take dot products
-// straight from the rows of k.
+// Bytes: q, k, v are read once, out and lse written once; scores live in L1 only. Layout: for one (sequence,
+// head) the keys are packed transposed (keys along lanes) and the values row-major, both in fp32, so that
+// both products are plain broadcasts times vectors and bf16 is widened once per key instead of once per
+// score. A strip of kTileRows queries then goes through q k^T, softmax and p v while its scores [kTileRows,
+// keys] stay in L1. Up to kKeyBlock keys (packed keys and values fit L2) the softmax is exact and single
+// pass; beyond, blocks of keys are merged with the running maximum and sum of flash attention. The
+// exponential is base 2, log2(e) being folded into the scale. A weight of zero becomes a score of -infinity
+// before the maximum is taken, so a skimmed key with a large score cannot push the kept ones into underflow.
+// One or two queries (the last layer needs only the first token's) would not repay packing: they take dot
+// products straight from the rows of k.
 #pragma once
 
 #include <math.h>
@@ -43,9 +43,10 @@ inline int64_t key_block(int64_t keys, bool importance) {
   return importance ? keys : smaller(keys, kKeyBlock);
 }
 
-// Scores of `rows` queries turned into weights, in place, `stride` apart: raises max[r] to the row's maximum and sets
-// sum[r] to the sum of its weights. Lanes beyond `keys` become zero. All maxima come before all exponentials, because
-// a short row alone is nothing but latency: a reduction, an exponential and another reduction.
+// Scores of `rows` queries turned into weights, in place, `stride` apart: raises max[r] to the row's maximum
+// and sets sum[r] to the sum of its weights. Lanes beyond `keys` become zero. All maxima come before all
+// exponentials, because a short row alone is nothing but latency: a reduction, an exponential and another
+// reduction.
 template <bool kWeighted>
 void softmax_rows(float* scores, int64_t stride, int rows, int64_t keys, const float* keep, float* max_of,
                   float* sum_of) {
@@ -104,7 +105,8 @@ inline void add_scaled_row(float* dst, const float* src, int64_t n, float factor
 
 // Output row, lse and importance of query i from its unnormalised sum.
 template <typename T>
-void finish_query(const ForwardHead<T>& h, int64_t i, const float* acc, const float* weights, float max, float sum) {
+void finish_query(const ForwardHead<T>& h, int64_t i, const float* acc, const float* weights, float max,
+                  float sum) {
   const float inverse = sum > 0.0f ? 1.0f / sum : (sum == 0.0f ? 0.0f : sum);  // a NaN must come through
   unpack_row(acc, h.dim, inverse, h.out + i * h.out_stride);
   h.lse[i] = sum == 0.0f ? -INFINITY : kLn2 * max + logf(sum);
@@ -177,7 +179,8 @@ void weighted_columns(const float* weights, const T* v, int64_t v_stride, int64_
   Vec sum[kVecs];
   for (int c = 0; c < kVecs; ++c) sum[c] = zero();
   for (int64_t j = 0; j < keys; ++j) {
-    for (int c = 0; c < kVecs; ++c) sum[c] = fma(set1(weights[j]), load(v + j * v_stride + c * kLanes), sum[c]);
+    for (int c = 0; c < kVecs; ++c)
+      sum[c] = fma(set1(weights[j]), load(v + j * v_stride + c * kLanes), sum[c]);
   }
   for (int c = 0; c < kVecs; ++c) store(acc + c * kLanes, sum[c]);
 }
@@ -212,7 +215,8 @@ void attend_unpacked(const ForwardHead<T>& h, const ForwardScratch& s) {
   }
 }
 
-inline ForwardScratch carve_forward(Carver& carver, int64_t dim, int64_t queries, int64_t keys, bool importance) {
+inline ForwardScratch carve_forward(Carver& carver, int64_t dim, int64_t queries, int64_t keys,
+                                    bool importance) {
   const int64_t width = padded(dim), block = key_block(keys, importance);
   const int64_t state = block < keys ? queries : kTileRows;
   ForwardScratch s;
@@ -267,7 +271,8 @@ void attention_forward(const AttentionForwardArgs& args, const AttentionPiece& p
 }
 
 // out[j] = partial[0][j] + partial[1][j] + ..., for j in [begin, end).
-inline void sum_heads(const float* partial, int64_t heads, int64_t capacity, int64_t begin, int64_t end, float* out) {
+inline void sum_heads(const float* partial, int64_t heads, int64_t capacity, int64_t begin, int64_t end,
+                      float* out) {
   for (int64_t j = begin; j < end; ++j) {
     float sum = 0.0f;
     for (int64_t head = 0; head < heads; ++head) sum += partial[head * capacity + j];

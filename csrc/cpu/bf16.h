@@ -1,4 +1,5 @@
-// Storage type of bfloat16: the upper half of a float. No arithmetic; the vec_*.h files convert whole vectors.
+// Storage type of bfloat16: the upper half of a float. No arithmetic; the vec_*.h files convert whole
+// vectors.
 #pragma once
 
 #include <cstdint>

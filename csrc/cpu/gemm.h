@@ -1,10 +1,10 @@
 // Small fp32 matrix products C = A B (or C += A B) out of L1 and L2, and the packing that feeds them.
 //
-// The micro-kernel holds a tile of kTileRows x (kTileVecs * kLanes) of C in registers and walks the depth once: per
-// step one load per vector of B and one broadcast per row of A, hence kTileRows fused multiply-adds per load. B is
-// read in column panels of the tile's width, either packed one after the other or in place in a row-major matrix;
-// its columns are padded to whole vectors, so that no tile has a ragged edge. Short last panels have their own
-// instantiation, since after skimming a panel is rarely full.
+// The micro-kernel holds a tile of kTileRows x (kTileVecs * kLanes) of C in registers and walks the depth
+// once: per step one load per vector of B and one broadcast per row of A, hence kTileRows fused multiply-adds
+// per load. B is read in column panels of the tile's width, either packed one after the other or in place in
+// a row-major matrix; its columns are padded to whole vectors, so that no tile has a ragged edge. Short last
+// panels have their own instantiation, since after skimming a panel is rarely full.
 #pragma once
 
 #include "vec_math.h"
@@ -47,16 +47,18 @@ void gemm_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t
 
 // From run-time extents to the instantiation, the full tile first.
 template <int kRows, int kVecs, bool kTransposed>
-void gemm_dispatch(int rows, int vecs, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
-                   float* c, int64_t ldc, bool accumulate) {
+void gemm_dispatch(int rows, int vecs, const float* a, int64_t lda, const float* b, int64_t ldb,
+                   int64_t depth, float* c, int64_t ldc, bool accumulate) {
   if constexpr (kVecs > 1) {
     if (vecs < kVecs) {
-      return gemm_dispatch<kRows, kVecs - 1, kTransposed>(rows, vecs, a, lda, b, ldb, depth, c, ldc, accumulate);
+      return gemm_dispatch<kRows, kVecs - 1, kTransposed>(rows, vecs, a, lda, b, ldb, depth, c, ldc,
+                                                          accumulate);
     }
   }
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return gemm_dispatch<kRows - 1, kVecs, kTransposed>(rows, vecs, a, lda, b, ldb, depth, c, ldc, accumulate);
+      return gemm_dispatch<kRows - 1, kVecs, kTransposed>(rows, vecs, a, lda, b, ldb, depth, c, ldc,
+                                                          accumulate);
     }
   }
   gemm_tile<kRows, kVecs, kTransposed>(a, lda, b, ldb, depth, c, ldc, accumulate);
@@ -64,12 +66,12 @@ void gemm_dispatch(int rows, int vecs, const float* a, int64_t lda, const float*
 
 // At most kTileRows rows of C, all `columns` (a multiple of kLanes) columns.
 template <bool kTransposed>
-void gemm_strip(int rows, const float* a, int64_t lda, RightOperand b, int64_t depth, int64_t columns, float* c,
-                int64_t ldc, bool accumulate) {
+void gemm_strip(int rows, const float* a, int64_t lda, RightOperand b, int64_t depth, int64_t columns,
+                float* c, int64_t ldc, bool accumulate) {
   for (int64_t j = 0; j < columns; j += kPanel, b.data += b.panel_stride) {
     const int vecs = static_cast<int>(smaller(columns - j, kPanel) / kLanes);
-    gemm_dispatch<kTileRows, kTileVecs, kTransposed>(rows, vecs, a, lda, b.data, b.row_stride, depth, c + j, ldc,
-                                                     accumulate);
+    gemm_dispatch<kTileRows, kTileVecs, kTransposed>(rows, vecs, a, lda, b.data, b.row_stride, depth, c + j,
+                                                     ldc, accumulate);
   }
 }
 
@@ -82,8 +84,8 @@ void gemm(int64_t rows, const float* a, int64_t lda, RightOperand b, int64_t dep
   const int64_t strips = strip_count(rows);
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t r = rows * s / strips, end = rows * (s + 1) / strips;
-    gemm_strip<kTransposed>(static_cast<int>(end - r), a + (kTransposed ? r : r * lda), lda, b, depth, columns,
-                            c + r * ldc, ldc, accumulate);
+    gemm_strip<kTransposed>(static_cast<int>(end - r), a + (kTransposed ? r : r * lda), lda, b, depth,
+                            columns, c + r * ldc, ldc, accumulate);
   }
 }
 
@@ -100,9 +102,11 @@ void pack_rows(const T* src, int64_t src_stride, int64_t rows, int64_t columns, 
   }
 }
 
-// The transpose of src [rows, columns] as a right operand of depth `columns`: packed panels of kPanel source rows (one
-// narrower panel if that holds all). Missing source rows are zero.
-inline int64_t transposed_floats(int64_t rows, int64_t columns) { return (rows + kPanel - 1) / kPanel * kPanel * columns; }
+// The transpose of src [rows, columns] as a right operand of depth `columns`: packed panels of kPanel source
+// rows (one narrower panel if that holds all). Missing source rows are zero.
+inline int64_t transposed_floats(int64_t rows, int64_t columns) {
+  return (rows + kPanel - 1) / kPanel * kPanel * columns;
+}
 
 template <typename T>
 RightOperand pack_transposed(const T* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst) {
@@ -132,7 +136,8 @@ void unpack_row(const float* src, int64_t columns, float factor, T* dst) {
   const int64_t whole = columns / kLanes * kLanes;
   const Vec scale = set1(factor);
   for (int64_t j = 0; j < whole; j += kLanes) store(dst + j, mul(load(src + j), scale));
-  if (whole < columns) store_first(dst + whole, mul(load(src + whole), scale), static_cast<int>(columns - whole));
+  if (whole < columns)
+    store_first(dst + whole, mul(load(src + whole), scale), static_cast<int>(columns - whole));
 }
 
 // Hands out consecutive cache-line aligned pieces of the scratch memory; with a null base it only measures.

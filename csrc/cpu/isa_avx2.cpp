@@ -1,5 +1,7 @@
+// The CPU kernels compiled for one instruction set; see isa_table.h. Its flags are in cmake/cpu_isa.cmake.
 #define TRANSKIMMER_ISA avx2
+
 #include "transkimmer/cpu_kernels.h"
 #include "vec_avx2.h"
-// The vector type comes first: every kernel is written in terms of it.
+
 #include "isa_table.h"

@@ -1,10 +1,11 @@
 // The table of one instruction set. Included last by isa_<name>.cpp, after the vec_<name>.h that defines Vec.
 #pragma once
 
+#include "transkimmer/cpu_kernels.h"
+
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "norm.h"
-#include "transkimmer/cpu_kernels.h"
 
 #define TRANSKIMMER_STRING_(x) #x
 #define TRANSKIMMER_STRING(x) TRANSKIMMER_STRING_(x)

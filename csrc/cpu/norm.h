@@ -1,9 +1,9 @@
-// Row-wise LayerNorm with what surrounds it fused in: an indexed read, a residual, an indexed write, or GELU and a dot
-// product (the end of the skim predictor).
+// Row-wise LayerNorm with what surrounds it fused in: an indexed read, a residual, an indexed write, or GELU
+// and a dot product (the end of the skim predictor).
 //
-// Bytes: each row is read once and written once. A row is widened to fp32 into a buffer that stays in L1; mean and
-// variance are taken from that buffer in two passes, so the variance has no cancellation, and the row is complete
-// there before any of it is written, so the output may overwrite an operand.
+// Bytes: each row is read once and written once. A row is widened to fp32 into a buffer that stays in L1;
+// mean and variance are taken from that buffer in two passes, so the variance has no cancellation, and the
+// row is complete there before any of it is written, so the output may overwrite an operand.
 #pragma once
 
 #include <math.h>
@@ -16,8 +16,9 @@ struct RowStatistics {
   float mean, inverse_deviation;
 };
 
-// Calls body(j, lane) for every whole vector of a row, four at a time: `lane` becomes a constant and names one of four
-// independent accumulators, which hides the latency of adding. Returns the start of the partial vector, if any.
+// Calls body(j, lane) for every whole vector of a row, four at a time: `lane` becomes a constant and names
+// one of four independent accumulators, which hides the latency of adding. Returns the start of the partial
+// vector, if any.
 template <typename Body>
 inline int64_t for_whole_vectors(int64_t dim, const Body& body) {
   int64_t j = 0;
@@ -67,7 +68,8 @@ RowStatistics load_row(const T* x, const T* residual, int64_t dim, float eps, fl
 }
 
 template <typename T>
-inline Vec normalise(const float* row, int64_t j, int64_t dim, RowStatistics stats, const T* weight, const T* bias) {
+inline Vec normalise(const float* row, int64_t j, int64_t dim, RowStatistics stats, const T* weight,
+                     const T* bias) {
   const Vec centred = mul(sub(load(row + j), set1(stats.mean)), set1(stats.inverse_deviation));
   return fma(centred, load_part(weight + j, dim - j), load_part(bias + j, dim - j));
 }
@@ -94,7 +96,8 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end, float* row) {
       store(out + j, normalise(row, j, dim, stats, weight, bias));
     });
     if (whole < dim) {
-      store_first(out + whole, normalise(row, whole, dim, stats, weight, bias), static_cast<int>(dim - whole));
+      store_first(out + whole, normalise(row, whole, dim, stats, weight, bias),
+                  static_cast<int>(dim - whole));
     }
   }
 }
@@ -105,9 +108,8 @@ void norm_gelu_dot(const GeluDotArgs& args, int64_t begin, int64_t end, float* r
   const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
   const T* out_weight = static_cast<const T*>(args.out_weight);
   for (int64_t i = begin; i < end; ++i) {
-    const RowStatistics stats =
-        load_row<false>(indexed_row<T>(norm.x, norm.x_index, i, norm.dim), static_cast<const T*>(nullptr), norm.dim,
-                        norm.eps, row);
+    const RowStatistics stats = load_row<false>(indexed_row<T>(norm.x, norm.x_index, i, norm.dim),
+                                                static_cast<const T*>(nullptr), norm.dim, norm.eps, row);
     Vec sum = zero();
     for (int64_t j = 0; j < norm.dim; j += kLanes) {
       // Lanes beyond the row meet an out_weight of zero, and a weight and bias of zero keep them finite.

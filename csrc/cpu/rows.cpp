@@ -1,4 +1,5 @@
-// Row movement and compaction: no arithmetic, so one version for every instruction set (memcpy picks its own).
+// Row movement and compaction: no arithmetic, so one version for every instruction set (memcpy picks its
+// own).
 #include <cstring>
 
 #include "transkimmer/cpu_kernels.h"
@@ -6,9 +7,10 @@
 namespace transkimmer::cpu {
 
 // One pass over the list. Every entry is stored at the write position and the position advances by 0 or 1: no
-// branch to mispredict on random masks. The store is in bounds since the write position never passes the read one.
-void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch, bool keep_first,
-             int32_t* new_slots, int32_t* new_cu_seqlens) {
+// branch to mispredict on random masks. The store is in bounds since the write position never passes the read
+// one.
+void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch,
+             bool keep_first, int32_t* new_slots, int32_t* new_cu_seqlens) {
   int64_t kept = 0;
   new_cu_seqlens[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -21,11 +23,13 @@ void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, 
   }
 }
 
-void gather_rows(const char* x, const int32_t* slots, int64_t row_bytes, int64_t begin, int64_t end, char* y) {
+void gather_rows(const char* x, const int32_t* slots, int64_t row_bytes, int64_t begin, int64_t end,
+                 char* y) {
   for (int64_t i = begin; i < end; ++i) std::memcpy(y + i * row_bytes, x + slots[i] * row_bytes, row_bytes);
 }
 
-void scatter_rows(const char* x, const int32_t* inverse, int64_t row_bytes, int64_t begin, int64_t end, char* y) {
+void scatter_rows(const char* x, const int32_t* inverse, int64_t row_bytes, int64_t begin, int64_t end,
+                  char* y) {
   for (int64_t r = begin; r < end; ++r) {
     if (inverse[r] >= 0) {
       std::memcpy(y + r * row_bytes, x + inverse[r] * row_bytes, row_bytes);

@@ -1,4 +1,5 @@
-// 8 floats in a 256-bit register. One of three files with the same interface; see vec_generic.h for the meaning.
+// 8 floats in a 256-bit register. One of three files with the same interface; see vec_generic.h for the
+// meaning.
 #pragma once
 
 #include <immintrin.h>
@@ -59,7 +60,8 @@ inline Vec where_positive(Vec x, Vec a, Vec other) {
 inline Vec widen(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming infinity.
+// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming
+// infinity.
 inline __m128i narrow(Vec a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -1,4 +1,5 @@
-// 16 floats in a 512-bit register. One of three files with the same interface; see vec_generic.h for the meaning.
+// 16 floats in a 512-bit register. One of three files with the same interface; see vec_generic.h for the
+// meaning.
 #pragma once
 
 // GCC before 14 warns of its own _mm512_undefined_epi32().
@@ -50,7 +51,8 @@ inline Vec where_positive(Vec x, Vec a, Vec other) {
 inline Vec widen(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming infinity.
+// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming
+// infinity.
 inline __m256i narrow(Vec a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

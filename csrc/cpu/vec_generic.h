@@ -1,16 +1,16 @@
 // 4 floats, in the vector extension of GCC and Clang, for machines without AVX2 (any architecture).
 //
-// vec_avx2.h and vec_avx512.h offer the same interface: Vec, kLanes, the register tile kTileRows x kTileVecs of the
-// matrix product, arithmetic by name, and for T = float and bf16
+// vec_avx2.h and vec_avx512.h offer the same interface: Vec, kLanes, the register tile kTileRows x kTileVecs
+// of the matrix product, arithmetic by name, and for T = float and bf16
 //   load(p), store(p, a)                    all lanes, any alignment
-//   load_first(p, n), store_first(p, a, n)  the first n < kLanes lanes; touches no memory beyond them, loads zeros
-//   first_or(a, n, other)                   the first n lanes of a, the rest of `other`
+//   load_first(p, n), store_first(p, a, n)  the first n < kLanes lanes; touches no memory beyond them, loads
+//   zeros first_or(a, n, other)                   the first n lanes of a, the rest of `other`
 //   where_positive(x, a, other)             by lane
 //   max(a, b), min(a, b)                    b where either is a NaN
 //   scale_by_power_of_two(a, n)             a * 2^n for integral n, 0 where that underflows
 //   transpose(r)                            kLanes x kLanes, in place
-// Everything lies in a namespace per instruction set, and these files use no function of the standard library: the
-// linker keeps one copy of an inline function, and it could be the one compiled for AVX-512.
+// Everything lies in a namespace per instruction set, and these files use no function of the standard
+// library: the linker keeps one copy of an inline function, and it could be the one compiled for AVX-512.
 #pragma once
 
 #include "bf16.h"
@@ -70,7 +70,8 @@ inline float widen(bf16 x) {
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
-// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming infinity.
+// Round to nearest even by integer addition; a NaN keeps its upper bits, made quiet, instead of becoming
+// infinity.
 inline bf16 narrow(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);

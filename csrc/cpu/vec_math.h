@@ -1,5 +1,5 @@
-// Transcendental functions on vectors, in fp32. Coefficients are minimax fits made for this file (Lawson's weighted
-// least squares in fp64); the errors named are those of the fp32 evaluation.
+// Transcendental functions on vectors, in fp32. Coefficients are minimax fits made for this file (Lawson's
+// weighted least squares in fp64); the errors named are those of the fp32 evaluation.
 #pragma once
 
 namespace transkimmer::cpu::TRANSKIMMER_ISA {
@@ -7,7 +7,8 @@ namespace transkimmer::cpu::TRANSKIMMER_ISA {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// The next vector of an array of which n elements are left: a whole one, or a partial one filled up with zeros.
+// The next vector of an array of which n elements are left: a whole one, or a partial one filled up with
+// zeros.
 template <typename T>
 Vec load_part(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : load_first(p, static_cast<int>(n));
@@ -15,8 +16,8 @@ Vec load_part(const T* p, int64_t n) {
 
 // 2^x within 2 ulp for x <= 128; 0 below -127 (exactly 0 at -infinity).
 inline Vec exp2(Vec x) {
-  // Keeps -infinity out of x - round(x), where it would make a NaN. x stands second because max returns its second
-  // operand if either is a NaN, and a NaN must come through.
+  // Keeps -infinity out of x - round(x), where it would make a NaN. x stands second because max returns its
+  // second operand if either is a NaN, and a NaN must come through.
   x = max(set1(-160.0f), x);
   const Vec n = round(x);
   const Vec f = sub(x, n);

@@ -20,7 +20,7 @@ class Architecture:
     """Attribute paths of one encoder; those from `query` on are relative to a layer."""
 
     encoder: str  # from the base model
-    layers: Callable[[nn.Module], list[nn.Module]]
+    layers: Callable[[Any], list[nn.Module]]
     query: str
     key: str
     value: str
@@ -101,7 +101,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 
 
-def architecture_of(model: PreTrainedModel) -> Architecture:
+def architecture_of(model: Any) -> Architecture:
     """The row for `model`; ValueError if there is none, or if the model is not a plain encoder."""
     model_type = model.config.model_type
     if model_type not in ARCHITECTURES:
@@ -114,7 +114,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def encoder_of(model: PreTrainedModel) -> nn.Module:
+def encoder_of(model: PreTrainedModel) -> Any:
+    """The encoder module of `model`."""
     return get(model.base_model, architecture_of(model).encoder)
 
 

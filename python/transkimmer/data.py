@@ -30,8 +30,8 @@ def read_sst2(path: str | os.PathLike[str]) -> list[Sentence]:
         ValueError: a missing column, a label that is not 0 or 1, or no rows; names file and line.
     """
     path = Path(path)
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
-    with opened as file:
+    unpack = lzma.open if path.suffix == ".xz" else open
+    with unpack(path, "rt", encoding="utf-8") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = next(rows, [])
         if header[:2] != ["sentence", "label"]:

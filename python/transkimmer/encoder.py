@@ -51,6 +51,11 @@ class SkimmingEncoder(nn.Module):
     skim_first_token_only: bool
     skim_weights: WeightCache
 
+    def train(self, mode: bool = True) -> Any:
+        """Also drops the kernels' copy of the weights: not every optimizer marks what it changes (fused AdamW)."""
+        self.skim_weights.clear()
+        return super().train(mode)
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """hidden_states [batch, seq, d]; attention_mask [batch, seq] or None; returns the architecture's output class.
 
@@ -61,7 +66,7 @@ class SkimmingEncoder(nn.Module):
         if architecture.input_projection is not None:
             hidden_states = get(self, architecture.input_projection)(hidden_states)
         batch = self._enter(hidden_states, attention_mask, kwargs)
-        record = SkimRecord(tuple(hidden_states.shape[:2]), batch.cu_seqlens)
+        record = SkimRecord((hidden_states.size(0), hidden_states.size(1)), batch.cu_seqlens)
         run = self._train if self.training else self._infer
         output = run(batch, architecture, record, attention_mask)
         if (records := current_records()) is not None:
@@ -85,9 +90,7 @@ class SkimmingEncoder(nn.Module):
         longest = None if longest is None else int(longest)
         return Ragged.from_packed(hidden[0], cu_seqlens.flatten().to(hidden.device, torch.int32), longest)
 
-    def _infer(
-        self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None
-    ) -> Tensor:
+    def _infer(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         given = batch.hidden
         kernels = kernel_set(self.skim_kernels, given.device.type)
         dtype = given.dtype
@@ -125,9 +128,8 @@ class SkimmingEncoder(nn.Module):
             output = _NoBackward.apply(output, trigger)
         return output
 
-    def _train(
-        self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None
-    ) -> Tensor:
+    def _train(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
+        self.skim_weights.clear()
         kernels = kernel_set(self.skim_kernels, batch.hidden.device.type)
         count = int(batch.cu_seqlens[-1])
         rows = batch.slots[:count].long()
@@ -188,7 +190,7 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
 
 
 def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
-    """Offsets of sequences flattened into one row, found by positions [1, tokens] starting anew; None for a single one."""
+    """Offsets of sequences flattened into one row, where positions [1, tokens] start anew; None for a single one."""
     if position_ids is None or position_ids.size(0) != 1 or position_ids.size(1) < 2:
         return None
     starts = (position_ids[0].diff() <= 0).nonzero().flatten() + 1

@@ -74,7 +74,7 @@ def _predictor_tensors(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tens
     for name in sorted(names):
         path = cached_file(name_or_path, name, **hub)
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118  (no dict)
                 if _PREDICTORS in key:
                     tensors[key.split(_PREDICTORS, 1)[1]] = file.get_tensor(key).to(torch.float32)
     return tensors

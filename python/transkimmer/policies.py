@@ -75,21 +75,19 @@ def scheduled_count(length: Tensor, ratio: float) -> Tensor:
 def _spread_rank(position: Tensor, length: Tensor) -> Tensor:
     """A rank of each position (int64, below `length`) such that any number of first ranks is spread over the sequence.
 
-    Rank r sits at position (r * step) mod length, step near the golden section and coprime to the length; so position
-    p has rank p * step^-1 mod length, and position 0 has rank 0.
+    Positions are ranked by the fractional part of their multiple of the golden ratio; position 0 comes first.
     """
     longest = int(length.max()) if length.numel() else 0
-    return position * _inverse_steps(longest).to(position.device)[length] % length.clamp(min=1)
+    return _rank_table(longest).to(position.device)[length, position.clamp(0, max(longest - 1, 0))]
 
 
-@functools.lru_cache(maxsize=8)
-def _inverse_steps(longest: int) -> Tensor:
-    """int64 [longest + 1]: for each length n the inverse, modulo n, of its step."""
-    inverses = [0, 0]
-    for n in range(2, longest + 1):
-        step = next(s for s in range(max(1, round(n * 0.618)), 2 * n) if math.gcd(s, n) == 1)
-        inverses.append(pow(step, -1, n))
-    return torch.tensor(inverses[: longest + 1])
+@functools.lru_cache(maxsize=4)
+def _rank_table(longest: int) -> Tensor:
+    """int64 [longest + 1, longest]: entry [n, p] is the rank of position p among the first n positions."""
+    golden = (math.sqrt(5) - 1) / 2
+    key = torch.arange(max(longest, 1), dtype=torch.float64).mul(golden).remainder(1)
+    before = (key[:, None] < key[None, :]).long().cumsum(0)  # [n - 1, p]
+    return torch.cat([torch.zeros_like(before[:1]), before])
 
 
 def logistic_noise(like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a forward skimmed, reached without touching Hugging Face's output classes and without shared state.
 
-    with transkimmer.record_skimming() as records:
-        logits = model(**inputs).logits
-    records[0].tokens_kept
+with transkimmer.record_skimming() as records:
+    logits = model(**inputs).logits
+records[0].tokens_kept
 """
 
 from __future__ import annotations

@@ -74,6 +74,14 @@ class Skimming:
         self._encoder.skim_weights.clear()
 
 
+def skimming_of(model: Any) -> Skimming:
+    """`model.skimming`; ValueError where there is none."""
+    skimming = getattr(model, "skimming", None)
+    if not isinstance(skimming, Skimming):
+        raise ValueError(f"model: this {type(model).__name__} has no skimming; call add_skimming first")
+    return skimming
+
+
 def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, kernels: str = "auto") -> PreTrainedModel:
     """Adds a skim predictor before every layer of `model`'s encoder and lets the encoder skip what they skim.
 
@@ -115,10 +123,11 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     encoder.skim_enabled = True
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
-    model.skimming = Skimming(encoder, model.config._attn_implementation)
+    skimming = Skimming(encoder, model.config._attn_implementation)
+    model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
     model.set_attn_implementation(ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, config.to_dict())
-    model.skimming._hooks = [
+    skimming._hooks = [
         model.register_forward_pre_hook(_refuse_per_layer_outputs, with_kwargs=True),
         model.register_forward_hook(_add_skim_loss),
     ]
@@ -127,9 +136,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
 
 def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     """Turns a skimming model back into the dense model it came from; the predictors are dropped."""
-    skimming = getattr(model, "skimming", None)
-    if not isinstance(skimming, Skimming):
-        raise ValueError("model: has no skimming to remove")
+    skimming = skimming_of(model)
     encoder = skimming._encoder
     for hook in skimming._hooks:
         hook.remove()
@@ -158,7 +165,7 @@ def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -
     skim_loss = take_skim_loss()
     if skim_loss is None or not model.training:
         return None
-    extra = model.skimming.config.skim_weight * skim_loss
+    extra = skimming_of(model).config.skim_weight * skim_loss
     if isinstance(output, tuple):  # return_dict=False: the loss, a scalar, comes first where there is one
         if output and isinstance(output[0], Tensor) and output[0].dim() == 0:
             return (output[0] + extra, *output[1:])

@@ -72,7 +72,7 @@ def train_encoder(
 
 
 def straight_through_keep(logit: Tensor, temperature: float) -> Tensor:
-    """A 0/1 draw with P(1) = sigmoid(logit), whose gradient is that of sigmoid((logit + noise) / temperature) (Eq. 5)."""
+    """A 0/1 draw with P(1) = sigmoid(logit) and the gradient of sigmoid((logit + noise) / temperature) (Eq. 5)."""
     noisy = logit + logistic_noise(logit)
     soft = torch.sigmoid(noisy / temperature)
     # Written so that the value is exactly 0 or 1: hard + (soft - soft) rounds to it, (hard - soft) + soft does not.
@@ -91,7 +91,9 @@ def _layer(
 ) -> Tensor:
     a = architecture
     tokens, width = hidden.shape
-    q, k, v = (get(layer, path)(hidden).view(tokens, num_heads, width // num_heads) for path in (a.query, a.key, a.value))
+    q, k, v = (
+        get(layer, path)(hidden).view(tokens, num_heads, width // num_heads) for path in (a.query, a.key, a.value)
+    )
     context = _attention(q, k, v, keep, sequences, config, kernels).reshape(tokens, width)
     x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context))
     x = get(layer, a.norm1)(x + hidden)

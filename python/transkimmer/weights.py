@@ -25,8 +25,9 @@ class EncoderWeights:
 class WeightCache:
     """One prepared copy of an encoder's weights, checked against the parameters at every use.
 
-    A parameter counts as changed when its storage, dtype or version counter has: optimizer steps, `load_state_dict`
-    and `.to()` are seen. Writing through `param.data` in place is not; call `clear()` after doing that.
+    A parameter counts as changed when its storage, dtype or version counter has: `load_state_dict`, `.to()` and
+    in-place operations are seen. Fused optimizers do not count their steps, so the encoder also clears the cache
+    whenever it trains or is switched between modes. Writing through `param.data` in eval mode is not seen.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,16 @@ import torch
 from transformers import DataCollatorWithFlattening
 from transkimmer import add_skimming, record_skimming
 
-from .tiny import ARCHITECTURES, LAYERS, VOCABULARY, padded_inputs, real_rows, relative_error, tiny, undecided_predictors
+from .tiny import (
+    ARCHITECTURES,
+    LAYERS,
+    VOCABULARY,
+    padded_inputs,
+    real_rows,
+    relative_error,
+    tiny,
+    undecided_predictors,
+)
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -25,9 +34,7 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(architecture: str) -> Non
     undecided_predictors(model)
     inputs = padded_inputs()
     together = model(**inputs).last_hidden_state
-    for alone, row, real in zip(
-        _one_by_one(model, inputs), together, inputs["attention_mask"].bool(), strict=True
-    ):
+    for alone, row, real in zip(_one_by_one(model, inputs), together, inputs["attention_mask"].bool(), strict=True):
         assert relative_error(row[real], alone) <= 2e-5
 
 
@@ -95,7 +102,10 @@ def test_odd_batches() -> None:
     expected = model(**inputs).last_hidden_state
     hollow = {key: torch.cat([value, torch.zeros_like(value[:1])]) for key, value in inputs.items()}
     actual = model(**hollow).last_hidden_state
-    assert relative_error(real_rows(actual[:2], inputs["attention_mask"]), real_rows(expected, inputs["attention_mask"])) <= 1e-5
+    assert (
+        relative_error(real_rows(actual[:2], inputs["attention_mask"]), real_rows(expected, inputs["attention_mask"]))
+        <= 1e-5
+    )
     assert actual[2].isfinite().all()
 
 
@@ -112,7 +122,7 @@ def test_refused_inputs() -> None:
     model = add_skimming(tiny("bert"))
     inputs = padded_inputs()
     square = torch.ones(4, 1, 14, 14)
-    with pytest.raises(ValueError, match="attention_mask: .*padding mask"):
+    with pytest.raises(ValueError, match=r"attention_mask: .*padding mask"):
         model(input_ids=inputs["input_ids"], attention_mask=square)
     with pytest.raises(ValueError, match="output_hidden_states"):
         model(**inputs, output_hidden_states=True)

@@ -40,7 +40,7 @@ def config_of(architecture: str, **overrides: object) -> object:
         intermediate_size=128,
         max_position_embeddings=80,
         # Wide enough that layers change their input a lot: a missing layer or a wrong mask cannot hide.
-        initializer_range=0.15,
+        initializer_range=overrides.pop("initializer_range", 0.15),
     )
     if architecture == "distilbert":
         names = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}

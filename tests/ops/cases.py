@@ -172,7 +172,9 @@ def ragged_attention(
     capacity_q, capacity_k = sum(lengths) + spare, sum(keys) + spare
     if layout == "heads-first":
         # Garbage is placed through the view, whose rows are the second dimension of the memory.
-        q, k, v = (source.normal(heads, size, head_dim).transpose(0, 1) for size in (capacity_q, capacity_k, capacity_k))
+        q, k, v = (
+            source.normal(heads, size, head_dim).transpose(0, 1) for size in (capacity_q, capacity_k, capacity_k)
+        )
     elif key_lengths is None and layout == "fused":
         q, k, v = source.normal(capacity_q, 3, heads, head_dim).unbind(1)
     else:

@@ -14,7 +14,16 @@ from torch import Tensor
 from . import cases, oracle
 from .cases import LENGTHS, Case, Kwargs
 
-PREDICTOR = ("norm1_weight", "norm1_bias", "fc_weight", "fc_bias", "norm2_weight", "norm2_bias", "out_weight", "out_bias")
+PREDICTOR = (
+    "norm1_weight",
+    "norm1_bias",
+    "fc_weight",
+    "fc_bias",
+    "norm2_weight",
+    "norm2_bias",
+    "out_weight",
+    "out_bias",
+)
 
 
 @dataclass(frozen=True)

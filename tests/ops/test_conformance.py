@@ -67,6 +67,4 @@ def test_backward(target: Target, case: Case, dtype: torch.dtype) -> None:
         if spec.exact:
             assert torch.equal(ours, yardstick[name])
         else:
-            assert_close_as_torch(
-                ours, truth[name], yardstick[name], GRADIENT, f"gradient of {name}", terms.get(name)
-            )
+            assert_close_as_torch(ours, truth[name], yardstick[name], GRADIENT, f"gradient of {name}", terms.get(name))

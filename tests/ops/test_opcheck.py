@@ -14,10 +14,10 @@ from . import cases
 from .cases import Source
 from .operators import SPECS, clone
 
-# One batch per operator and per branch of its schema. `spare=0` (see `_arguments`), because opcheck compares whole
-# outputs and those rows are undefined.
+# Per operator, the branches of its schema. Every row of every output is defined (nothing spare, all kept), because
+# opcheck compares whole outputs.
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
-    "compact": [{"probability": 0.5, "keep_first": True}],
+    "compact": [{"probability": 1.0, "keep_first": True}],
     "gather_rows": [{"shape": (2, 8)}],
     "scatter_rows": [{"shape": (2, 8)}],
     "skim_logit": [{"width": 32, "inner": 16}],
@@ -31,9 +31,8 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [(name, options) for name, variants in ARGUMENTS.items() for options in variants]
 LENGTHS = (3, 0, 5, 1)
-# The in-place operator has no gradient; the backward operator is reached through `ragged_attention`.
-FORWARD_ONLY = ("test_schema", "test_faketensor")
-EVERYTHING = (*FORWARD_ONLY, "test_autograd_registration", "test_aot_dispatch_dynamic")
+SCHEMA = ("test_schema", "test_faketensor")
+AUTOGRAD = ("test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
 def _arguments(operator: str, options: dict[str, Any], target: Target) -> dict[str, Any]:
@@ -59,20 +58,47 @@ def test_every_operator_is_checked() -> None:
 
 @pytest.mark.parametrize(("operator", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_overload(target: Target, operator: str, options: dict[str, Any]) -> None:
+    target.require(operator)
     kwargs = _arguments(operator, options, target)
     with target.only(operator) as ran:
         SPECS[operator].function(**clone(kwargs), kernels=target.backend)
     raw = ran.arguments(operator)
-    utilities = FORWARD_ONLY if operator == "ragged_linear_norm_" else EVERYTHING
+    utilities = SCHEMA + (AUTOGRAD if SPECS[operator].leaves or operator == "compact" else ())
+    if operator == "ragged_attention":  # see test_attention_ahead_of_time
+        utilities = utilities[:-1]
     torch.library.opcheck(OPERATORS[operator].overload(target.backend), raw, test_utils=utilities)
 
 
 @pytest.mark.parametrize("options", ARGUMENTS["ragged_attention"], ids=str)
+def test_attention_ahead_of_time(target: Target, options: dict[str, Any]) -> None:
+    """opcheck differentiates all outputs, which this operator refuses; so its AOT path is checked on `out` alone."""
+    target.require("ragged_attention", "ragged_attention_backward")
+    kwargs = _arguments("ragged_attention", options, target)
+    names = SPECS["ragged_attention"].present_leaves(kwargs)
+    with target.only("ragged_attention") as ran:
+        SPECS["ragged_attention"].function(**kwargs, kernels=target.backend)
+    raw = ran.arguments("ragged_attention")
+    overload = OPERATORS["ragged_attention"].overload(target.backend)
+
+    def run(*args: Any) -> Tensor:
+        return overload(*args)[0]
+
+    results = []
+    for function in (run, torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)):
+        out = function(*raw)
+        grads = torch.autograd.grad(out.square().sum(), [kwargs[name] for name in names])
+        results.append((out, *grads))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("options", ARGUMENTS["ragged_attention"], ids=str)
 def test_backward_overload(target: Target, options: dict[str, Any]) -> None:
+    target.require("ragged_attention", "ragged_attention_backward")
     kwargs = _arguments("ragged_attention", options, target)
     with target.only("ragged_attention", "ragged_attention_backward") as ran:
         out, _, _ = SPECS["ragged_attention"].function(**kwargs, kernels=target.backend)
         out.sum().backward()
     raw = tuple(x.detach() if isinstance(x, Tensor) else x for x in ran.arguments("ragged_attention_backward"))
     overload = OPERATORS["ragged_attention_backward"].overload(target.backend)
-    torch.library.opcheck(overload, raw, test_utils=FORWARD_ONLY)
+    torch.library.opcheck(overload, raw, test_utils=SCHEMA)

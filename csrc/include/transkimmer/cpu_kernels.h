@@ -1,6 +1,6 @@
-// Interface between the CPU kernels (csrc/cpu, no torch) and whoever calls them: plain pointers, element strides and
-// one table of functions per instruction set. Every kernel works on a range of its rows or on one piece of its work,
-// so that the caller owns the threads and the scratch memory.
+// Interface between the CPU kernels (csrc/cpu, no torch) and whoever calls them: plain pointers, element
+// strides and one table of functions per instruction set. Every kernel works on a range of its rows or on one
+// piece of its work, so that the caller owns the threads and the scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +36,10 @@ struct AttentionForwardArgs {
 struct AttentionBackwardArgs {
   AttentionShape shape;
   HeadView grad_out, q, k, v, out;
-  const float* lse;                   // [heads, capacity_q]
-  const float* keep;                  // [capacity_k] or null
-  void *grad_q, *grad_k, *grad_v;     // contiguous, shapes of q, k, v
-  float* grad_keep;                   // [heads, capacity_k], summed over heads by the caller, or null
+  const float* lse;                // [heads, capacity_q]
+  const float* keep;               // [capacity_k] or null
+  void *grad_q, *grad_k, *grad_v;  // contiguous, shapes of q, k, v
+  float* grad_keep;                // [heads, capacity_k], summed over heads by the caller, or null
 };
 
 // Part of an attention: queries [query_begin, query_end) of one sequence, for heads [head_begin, head_end).
@@ -69,31 +69,36 @@ struct GeluDotArgs {
   float* delta;
 };
 
-// Kernels of one instruction set; [2] is indexed by DType. `scratch` is 64-byte aligned and private to the thread.
+// Kernels of one instruction set; [2] is indexed by DType. `scratch` is 64-byte aligned and private to the
+// thread.
 struct Kernels {
   const char* isa;
-  int64_t (*attention_forward_scratch)(const AttentionShape&, int64_t max_queries, int64_t max_keys, bool importance);
+  int64_t (*attention_forward_scratch)(const AttentionShape&, int64_t max_queries, int64_t max_keys,
+                                       bool importance);
   void (*attention_forward[2])(const AttentionForwardArgs&, const AttentionPiece&, float* scratch);
   int64_t (*attention_backward_scratch)(const AttentionShape&, int64_t max_keys);
   void (*attention_backward[2])(const AttentionBackwardArgs&, const AttentionPiece&, float* scratch);
-  void (*sum_heads)(const float* partial, int64_t heads, int64_t capacity, int64_t begin, int64_t end, float* out);
+  void (*sum_heads)(const float* partial, int64_t heads, int64_t capacity, int64_t begin, int64_t end,
+                    float* out);
   int64_t (*norm_scratch)(int64_t dim);
   void (*norm_rows[2])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
   void (*norm_gelu_dot[2])(const GeluDotArgs&, int64_t begin, int64_t end, float* scratch);
 };
 
 // The table for this machine, chosen at the first call; the environment variable TRANSKIMMER_CPU_ISA
-// (generic, avx2 or avx512) overrides the choice. Throws std::runtime_error if that names something else, or an
-// instruction set that this machine or this build does not have.
+// (generic, avx2 or avx512) overrides the choice. Throws std::runtime_error if that names something else, or
+// an instruction set that this machine or this build does not have.
 const Kernels& kernels();
 
 // Stable removal of the entries that are not kept; returns nothing, writes new_slots[0, kept) and all of
 // new_cu_seqlens. The output may not overlap the inputs.
-void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch, bool keep_first,
-             int32_t* new_slots, int32_t* new_cu_seqlens);
+void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch,
+             bool keep_first, int32_t* new_slots, int32_t* new_cu_seqlens);
 
-// Row movement by index, `row_bytes` per row. scatter: inverse[r] is the source row of output row r, or -1 for zeros.
+// Row movement by index, `row_bytes` per row. scatter: inverse[r] is the source row of output row r, or -1
+// for zeros.
 void gather_rows(const char* x, const int32_t* slots, int64_t row_bytes, int64_t begin, int64_t end, char* y);
-void scatter_rows(const char* x, const int32_t* inverse, int64_t row_bytes, int64_t begin, int64_t end, char* y);
+void scatter_rows(const char* x, const int32_t* inverse, int64_t row_bytes, int64_t begin, int64_t end,
+                  char* y);
 
 }  // namespace transkimmer::cpu

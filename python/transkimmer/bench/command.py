@@ -29,7 +29,9 @@ SENTENCES = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="demo, bert-base-shape (random weights), hub name or folder")
-    parser.add_argument("--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; not for the demo")
+    parser.add_argument(
+        "--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; not for the demo"
+    )
     parser.add_argument("--lengths", help="with --schedule: mrpc, sst2, rte, imdb, or a text file (needs --tokenizer)")
     parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file")
     parser.add_argument("--max-length", type=int, default=512)
@@ -95,13 +97,13 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
 def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str, list[Row]]:
     if not arguments.schedule or not arguments.lengths:
         raise ValueError(f"--model {arguments.model}: needs --schedule and --lengths (see transkimmer bench --help)")
-    model = workload.load_model(arguments.model)
+    model: Any = workload.load_model(arguments.model)
     ratios = workload.parse_schedule(arguments.schedule, model.config.num_hidden_layers)
     longest = min(arguments.max_length, model.config.max_position_embeddings)
     lengths = workload.lengths_of(arguments.lengths, arguments.tokenizer, longest)
     size = arguments.batch_size or 16
     batches = workload.random_batches(lengths, size, arguments.batches or 4, model.config.vocab_size)
-    model.to(DTYPES[arguments.dtype])
+    model.to(dtype=DTYPES[arguments.dtype])
     add_skimming(model, SkimConfig(schedule=ratios), kernels=arguments.kernels)
     rows = compare(model.eval(), batches, arguments.repeats)
     title = (

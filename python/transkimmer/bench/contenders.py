@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import architecture_of, encoder_of, get
 from ..encoder import ATTENTION_NAME
-from ..skimming import remove_skimming
+from ..skimming import remove_skimming, skimming_of
 from .plain import PackedEncoder
 
 PADDED = "dense, padded (Hugging Face SDPA)"
@@ -30,7 +30,7 @@ class Contender:
 
 
 def contenders(model: PreTrainedModel) -> list[Contender]:
-    """Dense padded, dense padding-free in plain PyTorch and on our kernels, and skimming; all with `model`'s weights."""
+    """Dense padded, dense padding-free (plain PyTorch, and ours) and skimming; all with `model`'s weights."""
     padded = remove_skimming(copy.deepcopy(model))
     padded.set_attn_implementation("sdpa")
     plain = copy.deepcopy(padded)
@@ -38,7 +38,7 @@ def contenders(model: PreTrainedModel) -> list[Contender]:
 
     def ours(enabled: bool) -> Callable[[dict[str, Tensor]], Tensor]:
         def run(inputs: dict[str, Tensor]) -> Tensor:
-            model.skimming.enabled = enabled
+            skimming_of(model).enabled = enabled
             return model(**inputs).logits
 
         return run

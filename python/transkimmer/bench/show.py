@@ -21,7 +21,16 @@ _RAMP = ("#bdbdbd", "#9ecae1", "#6baed6", "#3182bd", "#31a354", "#e6a000", "#e65
 def table_of(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("accuracy", "tokens kept", "FLOPs ×", "wall-clock ×", "skim efficiency", "agreement", "median", "±"):
+    for heading in (
+        "accuracy",
+        "tokens kept",
+        "FLOPs ×",
+        "wall-clock ×",
+        "skim efficiency",
+        "agreement",
+        "median",
+        "±",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..flops import EncoderShape
 from ..records import record_skimming
+from ..skimming import skimming_of
 from ..training.evaluation import predictor_width
 from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, contenders
 from .workload import Batch
@@ -71,7 +72,7 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
                     progress.update()
             for name, total in totals.items():
                 seconds[name].append(total)
-    model.skimming.enabled = True
+    skimming_of(model).enabled = True
     return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
 
 

@@ -60,7 +60,9 @@ def parse_schedule(text: str, layers: int) -> list[float]:
     try:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--schedule {text}: must be one of {', '.join(SCHEDULES)}, or ratios like 1,0.8,0.5") from None
+        raise ValueError(
+            f"--schedule {text}: must be one of {', '.join(SCHEDULES)}, or ratios like 1,0.8,0.5"
+        ) from None
     if len(ratios) != layers:
         raise ValueError(f"--schedule {text}: has {len(ratios)} ratios, but the model has {layers} layers")
     return ratios

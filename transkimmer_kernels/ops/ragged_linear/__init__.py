@@ -180,6 +180,7 @@ def ragged_linear(
     if slots is None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, x.size(0), x.device)
     else:
+        check_tensor("slots", slots, device=x.device)
         check_slots("slots", slots, cu_seqlens, x.size(0))
         slots = slots.contiguous()
     run = select("ragged_linear", kernels, x.device)
@@ -221,9 +222,7 @@ def ragged_linear_norm(
         check_slots("residual_slots", residual_slots, cu_seqlens, residual.size(0))
         residual_slots = residual_slots.contiguous()
     else:
-        require(
-            residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}"
-        )
+        require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
     run = select("ragged_linear_norm", kernels, x.device)
     residual = residual.contiguous()
     return run(x.contiguous(), weight, bias, residual, residual_slots, norm_weight, norm_bias, eps, cu_seqlens)
@@ -258,9 +257,14 @@ def ragged_linear_norm_(
     """
     _check_product(x, weight, bias)
     _check_norm(x, weight.size(0), residual, norm_weight, norm_bias)
+    tensors = (hidden, x, weight, bias, residual, norm_weight, norm_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "ragged_linear_norm_: not differentiable; use ragged_linear_norm and scatter_rows, or no_grad"
+        )
     check_tensor("hidden", hidden, dtype=x.dtype, device=x.device, shape=(None, weight.size(0)))
     require(hidden.is_contiguous(), f"hidden: is written in place and must be contiguous, got {hidden.stride()}")
-    check_tensor("slots", slots, shape=(x.size(0),))
+    check_tensor("slots", slots, device=x.device, shape=(x.size(0),))
     check_slots("slots", slots, cu_seqlens, hidden.size(0))
     require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
     run = select("ragged_linear_norm_", kernels, x.device)

@@ -1,4 +1,4 @@
-"""oneDNN products on packed weights; bias and GELU in its epilogue, residual + LayerNorm + scatter in one native pass."""
+"""oneDNN on packed weights, bias and GELU in its epilogue; residual + LayerNorm + scatter in one native pass."""
 
 from __future__ import annotations
 
@@ -51,6 +51,4 @@ def ragged_linear_norm_(
     cu_seqlens: Tensor,
 ) -> None:
     y = linear(x, weight, bias, "none", multiplied_rows(cu_seqlens, x.size(0)))
-    torch.ops.transkimmer_cpu.add_layer_norm_(
-        hidden, slots, y, residual, None, norm_weight, norm_bias, eps, cu_seqlens
-    )
+    torch.ops.transkimmer_cpu.add_layer_norm_(hidden, slots, y, residual, None, norm_weight, norm_bias, eps, cu_seqlens)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...library import define
 from ...registry import select
 from ..checks import FLOATS, check_slots, check_tensor
+from ..rows import zero_tail
 
 WEIGHTS = (
     "norm1_weight",
@@ -40,13 +41,14 @@ def _make_backward(backend: str) -> Callable[..., Any]:
         from .reference import skim_logit_rows
 
         hidden, slots, cu_seqlens, *weights = ctx.saved_tensors
-        count = int(cu_seqlens[-1])
-        rows = slots[:count].long()
+        # No host read of the token count: unlisted rows point at row 0, are zeroed, and send it a zero gradient.
+        rows = zero_tail(slots, cu_seqlens).long()
         with torch.enable_grad():
-            x = hidden.detach()[rows].requires_grad_()
+            x = zero_tail(hidden.detach()[rows], cu_seqlens).requires_grad_()
             leaves = [w.detach().requires_grad_() for w in weights]
-            grads = torch.autograd.grad(skim_logit_rows(x, *leaves, ctx.eps), (x, *leaves), grad[:count])
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grads[0])
+            logit = skim_logit_rows(x, *leaves, ctx.eps)  # type: ignore[call-arg]  # eight leaves
+            grads = torch.autograd.grad(logit, (x, *leaves), zero_tail(grad, cu_seqlens))
+        grad_hidden = torch.zeros_like(hidden).index_add_(0, rows, grads[0])
         return grad_hidden, None, None, *grads[1:], None
 
     return backward
@@ -97,6 +99,7 @@ def skim_logit(
         for a threshold t on the keep probability.
     """
     check_tensor("hidden", hidden, dim=2, dtype=FLOATS)
+    check_tensor("slots", slots, device=hidden.device)
     check_slots("slots", slots, cu_seqlens, hidden.size(0))
     width, inner = hidden.size(1), fc_bias.numel()
     shapes = ((width,), (width,), (inner, width), (inner,), (inner,), (inner,), (inner,), (1,))

@@ -1,0 +1,121 @@
+"""Which backend is chosen, what is said where none can be, and that the suite cannot pass by skipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transkimmer_kernels import KERNELS, BackendUnavailable, KernelSet, registry
+from transkimmer_kernels.library import BACKENDS, OPERATORS
+from transkimmer_kernels.registry import select_backend, table, why_not
+
+from ..target import Target, required_backends, skip
+
+
+@pytest.fixture
+def availability(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str | None]]:
+    """Backend -> reason (None: works) for `compact`, to be edited by a test."""
+    state: dict[str, str | None] = dict.fromkeys(BACKENDS)
+    patched = {backend: lambda backend=backend: state[backend] for backend in BACKENDS}
+    monkeypatch.setattr(OPERATORS["compact"], "backends", patched)
+    select_backend.cache_clear()
+    yield state
+    select_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "broken", "chosen"),
+    [
+        ("auto", "cpu", (), "cpu"),
+        ("auto", "cpu", ("cpu",), "reference"),
+        ("auto", "cuda", (), "cuda"),
+        ("auto", "cuda", ("cuda",), "triton"),
+        ("auto", "cuda", ("cuda", "triton"), "reference"),
+        ("auto", "meta", (), "reference"),
+        ("cpu", "cpu", (), "cpu"),
+        ("triton", "cpu", (), "triton"),
+        ("triton", "cuda", (), "triton"),
+        ("cuda", "cuda", (), "cuda"),
+        ("cuda", "cuda", ("cuda",), "triton"),
+        ("reference", "cuda", (), "reference"),
+        ("reference", "cpu", (), "reference"),
+    ],
+)
+def test_preference(
+    availability: dict[str, str | None], kernels: str, device: str, broken: tuple[str, ...], chosen: str
+) -> None:
+    availability.update(dict.fromkeys(broken, "the library is missing"))
+    assert select_backend("compact", kernels, device) == chosen
+
+
+@pytest.mark.parametrize(("kernels", "device"), [("cpu", "cpu"), ("triton", "cuda"), ("triton", "cpu")])
+def test_named_backend_never_falls_back(availability: dict[str, str | None], kernels: str, device: str) -> None:
+    availability[kernels] = "the library is missing"
+    with pytest.raises(BackendUnavailable) as caught:
+        select_backend("compact", kernels, device)
+    for part in (f"kernels={kernels!r}", "compact", repr(device), f"{kernels}: the library is missing"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("kernels", "device"), [("cpu", "cuda"), ("cuda", "cpu"), ("cpu", "meta")])
+def test_device_not_served(kernels: str, device: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"^kernels='{kernels}' does not serve tensors on '{device}'"):
+        KernelSet(kernels, device)
+
+
+def test_unknown_kernels() -> None:
+    for build in (lambda: KernelSet("fast", "cpu"), lambda: select_backend("compact", "fast", "cpu")):
+        with pytest.raises(ValueError, match="^kernels='fast': must be one of auto, reference, cpu, triton, cuda"):
+            build()
+
+
+def test_kernel_set_serves_every_operator(target: Target) -> None:
+    target.require(*OPERATORS)
+    kernels = KernelSet(target.backend, target.device)
+    assert kernels.serves == dict.fromkeys(OPERATORS, target.backend)
+    for name in OPERATORS:
+        assert getattr(kernels, name) is OPERATORS[name].overload(target.backend)
+    with pytest.raises(AttributeError, match="no operator 'conv'"):
+        _ = kernels.conv
+
+
+def test_packed_weight_multiplies_alike(target: Target) -> None:
+    """A backend's own form of a matrix is for its operators only, and changes nothing but the order of sums."""
+    target.require(*OPERATORS)
+    kernels = KernelSet(target.backend, target.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (torch.randn(9, 32, device=target.device, dtype=dtype) for _ in range(2))
+        cu_seqlens = torch.tensor([0, 7], dtype=torch.int32, device=target.device)
+        bias = torch.randn(9, device=target.device, dtype=dtype)
+        y, packed = (
+            kernels.ragged_linear(x, w, bias, cu_seqlens, None, "gelu")[:7]
+            for w in (weight, kernels.pack_weight(weight))
+        )
+        torch.testing.assert_close(packed, y)
+
+
+def test_table_tells_every_reason() -> None:
+    rows = dict(table())
+    assert list(rows) == list(OPERATORS)
+    for name, row in rows.items():
+        assert tuple(row) == BACKENDS
+        assert row == {backend: why_not(OPERATORS[name], backend) or "available" for backend in BACKENDS}
+        assert row["reference"] == "available"
+        assert all(row.values()), "a backend that is missing must say why"
+
+
+def test_required_backend_fails_instead_of_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "reference, cpu")
+    with pytest.raises(pytest.fail.Exception, match="cpu is required .* the library is missing"):
+        skip("cpu", "the library is missing")
+    with pytest.raises(pytest.skip.Exception, match="triton: the library is missing"):
+        skip("triton", "the library is missing")
+    monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "cpus")
+    with pytest.raises(pytest.UsageError, match=r"unknown \['cpus'\]"):
+        required_backends()
+
+
+def test_names() -> None:
+    assert KERNELS == ("auto", *BACKENDS)
+    assert set(registry._PREFERENCES) == set(KERNELS)

@@ -1,0 +1,128 @@
+"""The method's formulas against closed forms, frequencies and finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig
+from transkimmer import SkimConfig
+from transkimmer.flops import EncoderShape
+from transkimmer.policies import SchedulePolicy
+from transkimmer.predictor import SkimPredictor
+from transkimmer.training_forward import PackedSequences, _attention, straight_through_keep
+
+from transkimmer_kernels import Ragged, kernel_set
+
+REFERENCE = kernel_set("reference", "cpu")
+
+
+def test_flops_closed_forms() -> None:
+    shape = EncoderShape.of(BertConfig(), predictor=768)
+    assert shape.layer_macs(torch.tensor([128, 512])).tolist() == [931_135_488, 4_026_531_840]
+    assert shape.predictor_macs(torch.tensor([1, 129])).tolist() == [0, 128 * (768 * 768 + 2 * 768)]
+
+
+@pytest.mark.parametrize(
+    ("length", "rho", "speedup"),
+    [(53, 0.787, 3.13), (64, 0.806, 2.85), (264, 0.821, 2.70), (512, 0.687, 5.27), (152, 0.865, 2.10)],
+)
+def test_flops_speedup_of_the_papers_tasks(length: int, rho: float, speedup: float) -> None:
+    """Keep ratios fitted to the paper's padding-free speedups must give them back."""
+    shape = EncoderShape.of(BertConfig(), predictor=768)
+    layers = torch.tensor([[max(1, round(length * rho ** (layer + 1)))] for layer in range(12)])
+    assert shape.flops_speedup(torch.tensor([length]), layers) == pytest.approx(speedup, rel=0.02)
+
+
+def test_skimming_nothing_costs_the_predictors() -> None:
+    shape = EncoderShape.of(BertConfig(), predictor=768)
+    lengths = torch.full((1,), 256)
+    overhead = 1 / shape.flops_speedup(lengths, lengths.expand(12, -1)) - 1
+    assert overhead == pytest.approx(0.0792, abs=4e-4)
+
+
+def test_predictor_size_and_initialisation() -> None:
+    predictor = SkimPredictor(768)
+    assert sum(p.numel() for p in predictor.parameters()) == 595_202
+    assert torch.allclose(predictor.out.bias, torch.tensor([-5.0, 5.0]), atol=0.1)
+    assert torch.allclose(predictor(torch.randn(50, 768)), torch.tensor(10.0), atol=3.0)
+
+
+def test_predictor_logit_is_the_difference_of_two_outputs() -> None:
+    predictor = SkimPredictor(32, width=16).double()
+    hidden = torch.randn(5, 32, dtype=torch.float64)
+    z = predictor.out(torch.nn.functional.gelu(predictor.norm2(predictor.fc(predictor.norm1(hidden)))))
+    assert torch.allclose(predictor(hidden), (z[:, 1] - z[:, 0]).float())
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("logit", [-2.0, 0.0, 1.5])
+def test_draws_have_the_sigmoid_as_frequency_at_any_temperature(temperature: float, logit: float) -> None:
+    torch.manual_seed(0)
+    count = 200_000
+    draws = straight_through_keep(torch.full((count,), logit), temperature)
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    p = 1 / (1 + math.exp(-logit))
+    assert draws.mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / count))
+
+
+def test_straight_through_gradient_is_the_soft_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.tensor([0.3, -1.0, 2.0])
+    monkeypatch.setattr("transkimmer.training_forward.logistic_noise", lambda _: noise)
+    logit = torch.tensor([0.5, 0.1, -1.0], requires_grad=True)
+    straight_through_keep(logit, 0.7).sum().backward()
+    y = torch.sigmoid((logit.detach() + noise) / 0.7)
+    assert torch.allclose(logit.grad, y * (1 - y) / 0.7)
+
+
+def test_published_masking_is_a_multiple_of_real_pruning() -> None:
+    """Without renormalisation the output is alpha times the pruned one, alpha the probability left on kept keys."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 9, 2, 16)
+    keep = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1.0])
+    sequences = PackedSequences(torch.tensor([0, 9], dtype=torch.int32), 9, torch.arange(9) == 0)
+    published = _attention(q, k, v, keep, sequences, SkimConfig(skim_attention="published"), REFERENCE)
+    pruned = _attention(q, k, v, keep, sequences, SkimConfig(), REFERENCE)
+    p = torch.einsum("ihd,jhd->hij", q, k).mul(16**-0.5).softmax(-1)
+    alpha = (p * keep).sum(-1).T.unsqueeze(-1)  # [9, 2, 1]
+    assert torch.allclose(published, alpha * pruned, atol=1e-6)
+    assert alpha.max() < 0.95
+
+
+@pytest.mark.parametrize("mode", ["renormalized", "published"])
+def test_gradient_to_the_keep_weights(mode: str) -> None:
+    """Both forms against finite differences, for kept and for skimmed keys."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 7, 2, 8, dtype=torch.float64)
+    direction = torch.randn(7, 2, 8, dtype=torch.float64)
+    sequences = PackedSequences(torch.tensor([0, 4, 7], dtype=torch.int32), 4, torch.arange(7) % 4 == 0)
+    keep = torch.tensor([1, 0.5, 0.25, 1, 1, 0.01, 1], dtype=torch.float64, requires_grad=True)
+
+    def value(weights: torch.Tensor) -> torch.Tensor:
+        return (_attention(q, k, v, weights, sequences, SkimConfig(skim_attention=mode), REFERENCE) * direction).sum()
+
+    assert torch.autograd.gradcheck(value, (keep,), eps=1e-6, atol=1e-7)
+    # At weight 0 the derivative is one-sided.
+    zero = keep.detach().clone()
+    zero[1] = 0.0
+    zero.requires_grad_()
+    (gradient,) = torch.autograd.grad(value(zero), zero)
+    step = torch.zeros_like(zero)
+    step[1] = 1e-7
+    difference = (value(zero.detach() + step) - value(zero.detach())) / 1e-7
+    assert gradient[1].item() == pytest.approx(difference.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2, 3), (53, 17, 1, 8), (512, 4)])
+def test_schedule_counts_and_spread(lengths: tuple[int, ...]) -> None:
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    batch = Ragged.from_packed(torch.zeros(total, 4), cu_seqlens, max(lengths))
+    depth = SchedulePolicy([1.0, 0.5, 0.1], batch, [], REFERENCE).depth[:-1]
+    for start, n in zip(cu_seqlens.tolist(), lengths, strict=False):
+        own = depth[start : start + n]
+        assert [int((own > layer).sum()) for layer in range(3)] == [n, max(1, round(n * 0.5)), max(1, round(n * 0.1))]
+        assert own[0] == 3, "the first token goes through every layer"
+        kept = (own > 1).nonzero().flatten()
+        assert n < 8 or kept.diff().max() <= 4, "survivors are spread over the sequence"

@@ -1,0 +1,223 @@
+"""Saving, loading, copying, switching kernels, pipelines, threads, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    pipeline,
+)
+from transkimmer import SkimConfig, add_skimming, from_pretrained, record_skimming, remove_skimming
+
+from transkimmer_kernels import BackendUnavailable
+
+from .tiny import ARCHITECTURES, HEADS, config_of, padded_inputs, tiny, undecided_predictors
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@every_architecture
+@torch.no_grad()
+def test_save_and_load(architecture: str, tmp_path: Path) -> None:
+    model = add_skimming(tiny(architecture, "sequence"), SkimConfig(threshold=0.4, skim_weight=0.7))
+    undecided_predictors(model)
+    inputs = padded_inputs()
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, HEADS["sequence"])
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert loaded.skimming.config == SkimConfig(threshold=0.4, skim_weight=0.7)
+    assert not loaded.training
+    architectures = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert architectures == [type(tiny(architecture, "sequence")).__name__]
+    # Plain Hugging Face still loads it, as the dense model.
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.allclose(dense(**inputs).logits, remove_skimming(model)(**inputs).logits, atol=1e-6)
+
+
+@torch.no_grad()
+def test_save_and_load_in_several_files(tmp_path: Path) -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    undecided_predictors(model)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    inputs = padded_inputs()
+    assert torch.equal(from_pretrained(tmp_path, HEADS["sequence"])(**inputs).logits, model(**inputs).logits)
+
+
+@every_architecture
+def test_unbalanced_initialisation_survives_loading(architecture: str, tmp_path: Path) -> None:
+    add_skimming(tiny(architecture)).save_pretrained(tmp_path)
+    for predictor in from_pretrained(tmp_path).skimming.predictors:
+        assert torch.allclose(predictor.out.bias, torch.tensor([-5.0, 5.0]), atol=0.1)
+        assert 0.01 < predictor.out.weight.std() < 0.03 and 0.01 < predictor.fc.weight.std() < 0.03
+
+
+def test_loading_what_has_no_skimming(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no 'skimming'.*add_skimming"):
+        from_pretrained(tmp_path)
+
+
+def test_loading_with_predictors_missing(tmp_path: Path) -> None:
+    model = tiny("bert")
+    model.config.skimming = SkimConfig().to_dict()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="skim predictors do not fit"):
+        from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_independent() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    undecided_predictors(model)
+    inputs = padded_inputs()
+    before = model(**inputs).logits  # fills the weight cache, whose packed weights cannot be copied
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**inputs).logits, before)
+        other.skimming.config.threshold = 0.999
+        assert not torch.equal(other(**inputs).logits, before)
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_weights_are_prepared_anew_when_they_change() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    inputs = padded_inputs()
+    before = model(**inputs).logits
+    model.base_model.encoder.layer[1].output.dense.weight.mul_(1.5)
+    changed = model(**inputs).logits
+    assert not torch.equal(changed, before)
+    assert torch.allclose(changed, remove_skimming(model)(**inputs).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_kernels_can_be_switched_on_a_live_model() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    undecided_predictors(model)
+    inputs = padded_inputs()
+    native = model(**inputs).logits
+    assert set(model.skimming.serves.values()) == {"cpu"}
+    model.skimming.kernels = "reference"
+    assert set(model.skimming.serves.values()) == {"reference"}
+    assert torch.allclose(model(**inputs).logits, native, atol=1e-5)
+    with pytest.raises(ValueError, match=r"kernels='fastest'.*auto, reference, cpu"):
+        model.skimming.kernels = "fastest"
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        model.skimming.kernels = "cuda"
+    assert model.skimming.kernels == "reference"
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    model = add_skimming(tiny("bert", "sequence"))
+    undecided_predictors(model)
+    texts = ["a good film", "bad", "films films films a bad bad film"]
+    together = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
+    alone = [pipeline("text-classification", model=model, tokenizer=tokenizer)(text)[0] for text in texts]
+    for a, b in zip(together, alone, strict=True):
+        assert a["label"] == b["label"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+@torch.no_grad()
+def test_threads_do_not_mix_up_their_records() -> None:
+    model = add_skimming(tiny("bert"))
+    undecided_predictors(model)
+    found: dict[int, list[int]] = {}
+
+    def work(length: int) -> None:
+        with torch.no_grad(), record_skimming() as records:
+            for _ in range(10):
+                model(**padded_inputs((length, 3)))
+        found[length] = [int(record.lengths[0]) for record in records]
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in (5, 9, 17)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {length: [length] * 10 for length in (5, 9, 17)}
+
+
+@torch.no_grad()
+def test_autocast_inference() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    inputs = padded_inputs()
+    full = model(**inputs).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(**inputs).logits
+    assert 0 < (half - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_a_gradient_through_eval_mode_is_refused() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    output = model(**padded_inputs(), labels=torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(RuntimeError, match=r"eval mode.*model.train"):
+        output.loss.backward()
+
+
+def test_models_that_cannot_skim() -> None:
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel is of type 'gpt2'.*bert, roberta, distilbert, albert"):
+        add_skimming(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)))
+    with pytest.raises(ValueError, match="is_decoder"):
+        add_skimming(tiny("bert", "mlm", is_decoder=True))
+    model = add_skimming(tiny("bert"))
+    with pytest.raises(ValueError, match="already has skimming"):
+        add_skimming(model)
+    with pytest.raises(ValueError, match="has no skimming"):
+        remove_skimming(tiny("bert"))
+    with pytest.raises(ValueError, match="has 2 ratios, but the model has 3 layers"):
+        add_skimming(tiny("bert"), SkimConfig(schedule=[1.0, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("predictor_width", 0),
+        ("bias_init", -1.0),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("skim_weight", float("inf")),
+        ("decision", "guess"),
+        ("threshold", 1.0),
+        ("skim_attention", "none"),
+        ("schedule", [0.5, 0.8]),
+        ("schedule", [1.2]),
+    ],
+)
+def test_config_names_what_is_wrong(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"SkimConfig.{field}=.*must be"):
+        SkimConfig(**{field: value})
+
+
+def test_a_failed_call_leaves_the_model_alone() -> None:
+    model = tiny("bert")
+    names = list(model.state_dict())
+    with pytest.raises(BackendUnavailable):
+        add_skimming(model, kernels="cuda")
+    assert list(model.state_dict()) == names and type(model.encoder).__name__ == "BertEncoder"
+
+
+@torch.no_grad()
+def test_adapters_are_refused_with_a_hint() -> None:
+    model = add_skimming(tiny("bert"))
+    dense = model.encoder.layer[0].output.dense
+    model.encoder.layer[0].output.dense = torch.nn.Sequential(dense)
+    with pytest.raises(TypeError, match=r"output.dense is a Sequential.*merge adapters"):
+        model(**padded_inputs())
+
+
+def test_albert_applies_one_layer_often_and_has_a_predictor_each_time() -> None:
+    model = add_skimming(tiny("albert"))
+    assert len(model.skimming.predictors) == config_of("albert").num_hidden_layers

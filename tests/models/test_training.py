@@ -1,0 +1,166 @@
+"""Training: the skim loss, its gradients, Hugging Face's Trainer and ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+from transkimmer import SkimConfig, add_skimming, record_skimming
+from transkimmer.training import SkimTrainer, SkimTrainingArguments, evaluate_classifier
+
+from .tiny import ARCHITECTURES, padded_inputs, relative_error, tiny, undecided_predictors
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+@every_architecture
+def test_the_skim_loss_is_part_of_the_loss(architecture: str) -> None:
+    model = add_skimming(tiny(architecture, "sequence"), SkimConfig(skim_weight=0.25)).train()
+    undecided_predictors(model)
+    set_seed(0)
+    with record_skimming() as records:
+        loss = model(**padded_inputs(), labels=LABELS).loss
+    model.skimming.config.skim_weight = 0.0
+    set_seed(0)
+    task = model(**padded_inputs(), labels=LABELS).loss
+    assert loss.item() == pytest.approx(task.item() + 0.25 * records[0].skim_loss.item(), rel=1e-5)
+    set_seed(0)
+    model.skimming.config.skim_weight = 0.25
+    as_tuple = model(**padded_inputs(), labels=LABELS, return_dict=False)
+    assert as_tuple[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert model.eval()(**padded_inputs(), labels=LABELS).loss.item() != loss.item()
+
+
+@every_architecture
+def test_the_skim_loss_counts_real_tokens(architecture: str) -> None:
+    """Mean over layers of the share of real tokens kept, padding counted nowhere."""
+    model = add_skimming(tiny(architecture)).train()
+    undecided_predictors(model)
+    inputs = padded_inputs()
+    with record_skimming() as records:
+        model(**inputs)
+    record = records[0]
+    share = record.layer_lengths.sum(1) / inputs["attention_mask"].sum()
+    assert record.skim_loss.item() == pytest.approx(share.mean().item(), rel=1e-5)
+
+
+@every_architecture
+def test_every_parameter_gets_a_gradient(architecture: str) -> None:
+    model = add_skimming(tiny(architecture, "token")).train()
+    undecided_predictors(model)
+    labels = padded_inputs()["input_ids"] % 2
+    model(**padded_inputs(), labels=labels).loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_architecture
+def test_native_and_reference_kernels_train_alike(architecture: str) -> None:
+    gradients = []
+    for kernels in ("cpu", "reference"):
+        model = add_skimming(tiny(architecture, "sequence"), kernels=kernels).train()
+        undecided_predictors(model)
+        set_seed(3)
+        model(**padded_inputs(), labels=LABELS).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(*gradients) <= 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = add_skimming(tiny("bert", "sequence")).train()
+        undecided_predictors(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        set_seed(3)
+        model(**padded_inputs(), labels=LABELS).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(*gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=["plain", "foreach", "fused"])
+def test_inference_sees_the_optimizers_steps(options: dict[str, bool]) -> None:
+    """Also those of the fused optimizer, Trainer's default, which does not bump the parameters' version counters."""
+    model = add_skimming(tiny("bert", "sequence"))
+    with torch.no_grad():
+        before = model(**padded_inputs()).logits
+    model.train()(**padded_inputs(), labels=LABELS).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.01, **options).step()
+    with torch.no_grad():
+        after = model.eval()(**padded_inputs()).logits
+        model.skimming.refresh()
+        assert torch.equal(after, model(**padded_inputs()).logits)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+class _KeywordTask(Dataset):
+    """Class 1 iff token 7 occurs: most tokens are of no use to it."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(10, 100, (count, 12), generator=generator)
+        self.ids[:, 0] = 2
+        self.labels = torch.arange(count) % 2
+        place = torch.randint(1, 12, (count,), generator=generator)
+        self.ids[self.labels == 1, place[self.labels == 1]] = 7
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": self.labels[index]}
+
+
+def _arguments(cls: type, folder: Path, **options: object) -> TrainingArguments:
+    return cls(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=32,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def test_a_plain_trainer_trains_a_skimming_model(tmp_path: Path) -> None:
+    model = add_skimming(tiny("bert", "sequence", initializer_range=0.05))
+    before = model.skimming.predictors[0].fc.weight.clone()
+    arguments = _arguments(TrainingArguments, tmp_path, max_steps=3, learning_rate=1e-3)
+    Trainer(model=model, args=arguments, train_dataset=_KeywordTask(96)).train()
+    assert not torch.equal(model.skimming.predictors[0].fc.weight, before)
+
+
+def test_training_learns_what_to_skim(tmp_path: Path) -> None:
+    """On a task that hangs on one word, the model must solve it and still skim most tokens."""
+    set_seed(0)
+    model = tiny("bert", "sequence", initializer_range=0.05)
+    task = _KeywordTask(1024)
+    options = dict(max_steps=250, learning_rate=1e-3, warmup_steps=20)
+    Trainer(model=model, args=_arguments(TrainingArguments, tmp_path, **options), train_dataset=task).train()
+    add_skimming(model, SkimConfig(skim_weight=0.5, bias_init=2.0))
+    options = dict(max_steps=200, learning_rate=3e-4, predictor_learning_rate=3e-3, skim_ramp=0.5)
+    arguments = _arguments(SkimTrainingArguments, tmp_path, **options)
+    SkimTrainer(model=model, args=arguments, train_dataset=task).train()
+    assert model.skimming.config.skim_weight == 0.5
+    rows = [task[i] for i in range(len(task))]
+    batches = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]}]
+    result = evaluate_classifier(model, batches)
+    assert result.accuracy > 0.95
+    assert result.tokens_kept < 0.6
+    assert result.flops_speedup > 1.4
+    assert result.tokens_kept_by_layer == sorted(result.tokens_kept_by_layer, reverse=True)
+
+
+def test_trainer_refuses_what_it_cannot_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no skimming"):
+        SkimTrainer(model=tiny("bert", "sequence"), args=_arguments(SkimTrainingArguments, tmp_path))
+    with pytest.raises(ValueError, match=r"skim_ramp=2.0: must lie between"):
+        _arguments(SkimTrainingArguments, tmp_path, skim_ramp=2.0)

@@ -1,0 +1,216 @@
+"""Bad input to the public functions: an error that names the argument, or a defined result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transkimmer_kernels as tk
+from torch import Tensor
+from transkimmer_kernels import BackendUnavailable
+
+from ..target import Target
+from . import cases
+from .cases import Kwargs, Source
+from .operators import SPECS, clone
+
+LENGTHS = (3, 0, 2)
+CASES: dict[str, Kwargs] = {
+    "compact": {"probability": 0.5, "keep_first": True},
+    "gather_rows": {"shape": (8,)},
+    "scatter_rows": {"shape": (8,)},
+    "skim_logit": {"width": 16, "inner": 8},
+    "ragged_attention": {"head_dim": 32, "keep": "mixed"},
+    "ragged_linear": {"width": 16, "out": 8},
+    "ragged_linear_norm": {"width": 16, "out": 8},
+    "ragged_linear_norm_": {"width": 16, "out": 8},
+}
+LISTS = ("slots", "residual_slots")
+OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def _kwargs(operator: str) -> Kwargs:
+    return getattr(cases, operator)(Source(torch.float32), LENGTHS, **CASES[operator])
+
+
+def _tensors(operator: str) -> list[str]:
+    return [name for name, x in _kwargs(operator).items() if isinstance(x, Tensor)]
+
+
+def _ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# How an argument is broken -> (the broken argument, what the message must say of it).
+OFFSET_BREAKS: dict[str, tuple[Tensor, str]] = {
+    "starts-late": (_ints(1, 3, 3, 5), "must start at 0, got 1"),
+    "decreases": (_ints(0, 4, 2, 5), "must not decrease, got 4 then 2 at entry 2"),
+    "negative": (_ints(0, 0, 0, -3), "must not decrease, got 0 then -3 at entry 3"),
+    "beyond-capacity": (_ints(0, 3, 3, 1000), "its last entry, 1000 tokens, exceeds the capacity of"),
+    "empty": (_ints(), "expected batch \\+ 1 >= 1 entries"),
+    "int64": (torch.tensor([0, 3, 3, 5]), "expected dtype torch.int32, got torch.int64"),
+    "two-dimensional": (_ints(0, 3, 3, 5)[None], "expected 1 dimensions, got"),
+}
+SLOT_BREAKS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "negative": (
+        lambda slots: slots.index_fill(0, torch.tensor([1]), -1),
+        r"must lie in \[0, \d+\), got values from -1",
+    ),
+    "too-large": (lambda slots: slots.index_fill(0, torch.tensor([4]), 12), r"must lie in \[0, \d+\), got .* to 12"),
+    "int64": (lambda slots: slots.long(), "expected dtype torch.int32, got torch.int64"),
+    "two-dimensional": (lambda slots: slots[None], "expected (1 dimensions|shape)"),
+}
+
+
+def _refused(target: Target, operator: str, kwargs: Kwargs, message: str) -> None:
+    target.require(operator)
+    with pytest.raises((ValueError, TypeError), match=message):
+        SPECS[operator].function(**kwargs, kernels=target.backend)
+
+
+def _pairs(names: tuple[str, ...] | None, breaks: Any) -> list[Any]:
+    return [
+        pytest.param(operator, name, how, id=f"{operator}-{name}-{how}")
+        for operator in CASES
+        for name in _tensors(operator)
+        if names is None or name in names
+        for how in breaks
+    ]
+
+
+@pytest.mark.parametrize(("operator", "name", "how"), _pairs(OFFSETS, OFFSET_BREAKS))
+def test_bad_offsets(target: Target, operator: str, name: str, how: str) -> None:
+    broken, message = OFFSET_BREAKS[how]
+    _refused(target, operator, {**_kwargs(operator), name: broken}, f"^{name}: {message}")
+
+
+@pytest.mark.parametrize(("operator", "name", "how"), _pairs(LISTS, SLOT_BREAKS))
+def test_bad_slots(target: Target, operator: str, name: str, how: str) -> None:
+    if operator == "compact" and how == "too-large":
+        pytest.skip("compact never looks a slot up, so that any row number will do")
+    kwargs = _kwargs(operator)
+    change, message = SLOT_BREAKS[how]
+    _refused(target, operator, {**kwargs, name: change(kwargs[name])}, f"^{name}: {message}")
+
+
+def _breaks_of(operator: str, name: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to spoil a dense argument that its operator does not take as well."""
+    if name in OFFSETS + LISTS:
+        return {"device": lambda x: x.to("meta")}
+    breaks: dict[str, Callable[[Tensor], Tensor]] = {
+        "dtype": lambda x: x.int(),
+        "device": lambda x: x.to("meta"),
+        "rank": lambda x: x[None],
+        "size": lambda x: x[..., :-1],
+    }
+    if operator in ("gather_rows", "scatter_rows"):
+        return {"device": breaks["device"]}  # rows of any shape and dtype
+    return breaks
+
+
+# The sizes of these arguments are what the others are held against.
+MEASURES = {
+    "ragged_linear": ("x", "weight"),
+    "ragged_linear_norm": ("x", "weight"),
+    "skim_logit": ("hidden", "fc_bias"),
+}
+MEASURES |= {"ragged_linear_norm_": ("x", "weight"), "ragged_attention": ("q",)}
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "how"),
+    [
+        pytest.param(operator, name, how, id=f"{operator}-{name}-{how}")
+        for operator in CASES
+        for name in _tensors(operator)
+        for how in _breaks_of(operator, name)
+    ],
+)
+def test_bad_tensor(target: Target, operator: str, name: str, how: str) -> None:
+    kwargs = _kwargs(operator)
+    kwargs[name] = _breaks_of(operator, name)[how](kwargs[name])
+    # Two devices or two sizes that disagree: the message may name either argument, but it names one and both values.
+    anyone = how == "device" or (how == "size" and name in MEASURES.get(operator, ()))
+    said = {"dtype": "expected dtype", "device": "expected device", "rank": "expected", "size": "expected"}[how]
+    _refused(target, operator, kwargs, f"^{r'[a-z0-9_]+' if anyone else name}: {said}")
+
+
+@pytest.mark.parametrize("operator", [name for name in CASES if name not in ("compact", "ragged_attention")])
+def test_list_on_another_device(target: Target, operator: str) -> None:
+    """Slots and offsets that agree with each other, but not with the rows."""
+    kwargs = _kwargs(operator)
+    moved = {name: x.to("meta") if name in LISTS + OFFSETS else x for name, x in kwargs.items()}
+    _refused(target, operator, moved, "^[a-z_]+: expected device")
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "message"),
+    [
+        ("scatter_rows", {"num_rows": -1}, "^num_rows: must not be negative, got -1"),
+        ("scatter_rows", {"num_rows": 2}, r"^slots: must lie in \[0, 2\)"),
+        ("ragged_linear", {"activation": "relu"}, "^activation: must be one of .*, got 'relu'"),
+        ("ragged_attention", {"max_seqlen_q": 2}, "^max_seqlen_q: must be at least the longest sequence, 3, got 2"),
+        ("ragged_attention", {"max_seqlen_k": 0}, "^max_seqlen_k: must be at least the longest sequence, 3, got 0"),
+        ("ragged_attention", {"cu_seqlens_k": _ints(0, 5)}, "^cu_seqlens_k: expected 4 entries .*, got 2"),
+    ],
+)
+def test_bad_value(target: Target, operator: str, change: Kwargs, message: str) -> None:
+    _refused(target, operator, {**_kwargs(operator), **change}, message)
+
+
+def test_written_tensor_must_be_contiguous(target: Target) -> None:
+    kwargs = _kwargs("ragged_linear_norm_")
+    kwargs["hidden"] = kwargs["hidden"].T.contiguous().T
+    _refused(target, "ragged_linear_norm_", kwargs, "^hidden: is written in place and must be contiguous")
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_unknown_kernels(operator: str) -> None:
+    with pytest.raises(ValueError, match="^kernels='fastest': must be one of auto, reference, cpu, triton, cuda"):
+        SPECS[operator].function(**_kwargs(operator), kernels="fastest")
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_kernels_of_another_device(operator: str) -> None:
+    with pytest.raises(BackendUnavailable, match="^kernels='cuda' does not serve tensors on 'cpu'"):
+        SPECS[operator].function(**_kwargs(operator), kernels="cuda")
+    elsewhere = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in _kwargs(operator).items()}
+    with pytest.raises(BackendUnavailable, match="^kernels='cpu' does not serve tensors on 'meta'"):
+        SPECS[operator].function(**elsewhere, kernels="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("operator", ["skim_logit", "ragged_attention", "ragged_linear_norm", "ragged_linear_norm_"])
+def test_dtype_without_native_kernels(operator: str, dtype: torch.dtype) -> None:
+    """The native CPU kernels say which dtypes they take; nothing is converted behind the caller's back."""
+    target = Target("cpu", "cpu")
+    target.require(operator)
+    kwargs = getattr(cases, operator)(Source(dtype), LENGTHS, **CASES[operator])
+    with pytest.raises(RuntimeError, match="the CPU kernels take float32 and bfloat16"):
+        SPECS[operator].function(**clone(kwargs), kernels="cpu")
+
+
+@pytest.mark.parametrize("operator", ["skim_logit", "ragged_linear", "ragged_linear_norm"])
+def test_nan_stays_in_its_row(target: Target, operator: str) -> None:
+    target.require(operator)
+    kwargs = _kwargs(operator)
+    spoilt = "hidden" if operator == "skim_logit" else "x"
+    row = 2 if operator == "ragged_linear_norm" else int(kwargs["slots"][2])
+    kwargs = {name: x.to(target.device) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    clean = target.call(SPECS[operator].function, **kwargs)[:5]
+    kwargs[spoilt] = kwargs[spoilt].index_fill(0, torch.tensor([row], device=target.device), torch.nan)
+    y = target.call(SPECS[operator].function, **kwargs)[:5]
+    assert y[2].isnan().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.operators("ragged_attention")
+def test_generous_max_seqlen_changes_nothing(target: Target) -> None:
+    kwargs = cases.ragged_attention(Source(torch.float32, target.device), (17, 65))
+    expected, _, _ = target.call(tk.ragged_attention, **kwargs)
+    kwargs |= {"max_seqlen_q": 10_000, "max_seqlen_k": 2**31}
+    actual, _, _ = target.call(tk.ragged_attention, **kwargs)
+    assert torch.equal(actual[:82], expected[:82])

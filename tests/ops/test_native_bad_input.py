@@ -1,0 +1,154 @@
+"""Bad input straight to the native CPU overloads, past the Python checks: an exception, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transkimmer_kernels.library import OPERATORS
+
+from ..target import Target
+from . import cases
+from .cases import Kwargs, Source
+from .operators import SPECS, clone
+from .test_bad_input import CASES, LENGTHS, LISTS, OFFSET_BREAKS, OFFSETS
+
+CPU = Target("cpu", "cpu")
+Break = Callable[[Tensor], Tensor]
+
+LIST_BREAKS: dict[str, Break] = {
+    "negative": lambda slots: slots.index_fill(0, torch.tensor([1]), -1),
+    "far-away": lambda slots: slots.index_fill(0, torch.tensor([4]), 2**31 - 1),
+    "int64": lambda slots: slots.long(),
+    "two-dimensional": lambda slots: slots[None],
+    "too-short": lambda slots: slots[:2],
+    "strided": lambda slots: slots.repeat_interleave(2)[::2],
+}
+DENSE_BREAKS: dict[str, Break] = {
+    "float64": lambda x: x.double(),
+    "two-dimensions-more": lambda x: x[None, None],
+    "narrow": lambda x: x[..., :-1],
+    "short": lambda x: x[: min(2, x.size(0) - 1)],
+    "scalar": lambda x: x.new_zeros(()),
+}
+
+
+def _helpers() -> dict[str, Kwargs]:
+    """Arguments of the operators of the native library that only the Python composition calls."""
+    source = Source(torch.float32)
+    batch = source.batch(LENGTHS)
+    norm = {"weight": source.normal(16), "bias": source.normal(16), "eps": 1e-5}
+    x = source.rows(batch.count, batch.capacity, 16)
+    return {
+        "layer_norm_rows": {
+            "x": source.normal(batch.rows, 16),
+            "slots": batch.slots,
+            "cu_seqlens": batch.cu_seqlens,
+            **norm,
+        },
+        "layer_norm_gelu_dot": {
+            "x": x,
+            "cu_seqlens": batch.cu_seqlens,
+            "norm_weight": norm["weight"],
+            "norm_bias": norm["bias"],
+            "eps": 1e-5,
+            "out_weight": source.normal(16),
+            "out_bias": source.normal(1),
+        },
+        "add_layer_norm_": {
+            "out": source.normal(batch.rows, 16),
+            "out_slots": batch.slots,
+            "x": x,
+            "residual": source.normal(batch.rows, 16),
+            "residual_slots": batch.slots.clone(),
+            **norm,
+            "cu_seqlens": batch.cu_seqlens,
+        },
+    }
+
+
+def _breaks_of(operator: str, name: str, x: Tensor) -> dict[str, Break]:
+    if name in OFFSETS:
+        return {how: lambda _, broken=broken: broken for how, (broken, _) in OFFSET_BREAKS.items()}
+    if name in LISTS or name == "out_slots":
+        # compact moves slots without looking at them.
+        harmless = ("negative", "far-away") if operator == "compact" else ()
+        return {how: change for how, change in LIST_BREAKS.items() if how not in harmless}
+    if x.dtype == torch.bool:
+        return {how: change for how, change in DENSE_BREAKS.items() if how != "narrow"}
+    if operator == "gather_rows":  # rows of any width and dtype
+        return {how: DENSE_BREAKS[how] for how in ("short", "scalar")}
+    if operator == "scatter_rows":
+        return {how: DENSE_BREAKS[how] for how in ("short", "two-dimensions-more", "scalar")}
+    if name in ("bias", "fc_bias") and operator in SPECS:  # a matrix product broadcasts a scalar
+        return {how: change for how, change in DENSE_BREAKS.items() if how != "scalar"}
+    return DENSE_BREAKS
+
+
+def _bad_arguments() -> Iterator[Any]:
+    tables = {
+        operator: getattr(cases, operator)(Source(torch.float32), LENGTHS, **CASES[operator]) for operator in CASES
+    }
+    for operator, kwargs in (tables | _helpers()).items():
+        for name, x in kwargs.items():
+            if isinstance(x, Tensor):
+                for how in _breaks_of(operator, name, x):
+                    yield pytest.param(operator, name, how, id=f"{operator}-{name}-{how}")
+
+
+def _raw(operator: str) -> tuple[Any, Kwargs]:
+    """The overload of `operator` and good raw arguments by name."""
+    if operator not in SPECS:
+        return getattr(torch.ops.transkimmer_cpu, operator).default, _helpers()[operator]
+    kwargs = getattr(cases, operator)(Source(torch.float32), LENGTHS, **CASES[operator])
+    with CPU.only(operator) as ran:
+        SPECS[operator].function(**clone(kwargs), kernels="cpu")
+    overload = OPERATORS[operator].overload("cpu")
+    names = [argument.name for argument in overload._schema.arguments]
+    return overload, dict(zip(names, ran.arguments(operator), strict=True))
+
+
+def _refused(overload: Any, arguments: Kwargs) -> None:
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as caught:
+        overload(**arguments)
+    assert str(caught.value).strip()
+
+
+@pytest.mark.parametrize(("operator", "name", "how"), list(_bad_arguments()))
+def test_bad_argument(operator: str, name: str, how: str) -> None:
+    CPU.require(operator if operator in SPECS else "compact")
+    overload, arguments = _raw(operator)
+    change = _breaks_of(operator, name, arguments[name])[how]
+    _refused(overload, {**arguments, name: change(arguments[name])})
+
+
+@pytest.mark.parametrize("name", ["grad_out", "q", "k", "v", "out", "lse", "keep"])
+@pytest.mark.parametrize("how", DENSE_BREAKS)
+def test_bad_argument_of_attention_backward(name: str, how: str) -> None:
+    CPU.require("ragged_attention", "ragged_attention_backward")
+    overload, arguments = _raw("ragged_attention")
+    out, lse, _ = overload(**arguments)
+    arguments = {key: x for key, x in arguments.items() if key != "return_importance"}
+    arguments |= {"grad_out": torch.ones_like(out), "out": out, "lse": lse}
+    backward = OPERATORS["ragged_attention_backward"].overload("cpu")
+    backward(**arguments)
+    _refused(backward, {**arguments, name: DENSE_BREAKS[how](arguments[name])})
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 33])
+def test_head_dim_that_is_no_multiple_of_8(head_dim: int) -> None:
+    CPU.require("ragged_attention")
+    kwargs = cases.ragged_attention(Source(torch.float32), LENGTHS, head_dim=head_dim)
+    with pytest.raises(RuntimeError, match=f"head_dim {head_dim}; it must be a multiple of 8"):
+        SPECS["ragged_attention"].function(**kwargs, kernels="cpu")
+
+
+def test_strided_last_dimension_is_refused() -> None:
+    CPU.require("ragged_attention")
+    overload, arguments = _raw("ragged_attention")
+    q = arguments["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="q has stride .* in its last dimension"):
+        overload(**{**arguments, "q": q})
