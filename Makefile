@@ -45,7 +45,7 @@ test: setup
 	  $$cmake --build build/cmake --target native_tests -- --quiet; \
 	  $$ctest --test-dir build/cmake --output-on-failure --no-tests=error; \
 	else echo "no native build: C++ self-checks skipped"; fi
-	$(BIN)/python -m pytest -q
+	TRANSKIMMER_REQUIRE_BACKENDS=$${TRANSKIMMER_REQUIRE_BACKENDS-reference,cpu} $(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transkimmer_kernels  # noqa: F401  (defines the operators)
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import transkimmer_kernels  # noqa: F401  (defines the operators)
 from transkimmer_kernels.library import BACKENDS, NAMESPACE, OPERATORS
 from transkimmer_kernels.registry import triton_interpreted, why_not
 

@@ -35,6 +35,15 @@ _PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+# What a backend computes in; None: every floating type.
+_DTYPES: dict[str, tuple[torch.dtype, ...] | None] = {
+    "reference": None,
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
 class BackendUnavailable(RuntimeError):
     """The chosen kernels cannot serve an operator on this machine or device; the message says why."""
 
@@ -52,8 +61,8 @@ def why_not(operator: Operator, backend: str) -> str | None:
 
 
 @functools.cache
-def select_backend(name: str, kernels: str, device_type: str) -> str:
-    """The backend that serves operator `name` for tensors on `device_type` under the choice `kernels`."""
+def select_backend(name: str, kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that serves operator `name` for tensors of `dtype` on `device_type` under the choice `kernels`."""
     check_kernels(kernels)
     preferences = _PREFERENCES[kernels]
     if preferences and device_type not in preferences and kernels != "auto":
@@ -63,28 +72,31 @@ def select_backend(name: str, kernels: str, device_type: str) -> str:
     reasons = []
     for backend in preferences.get(device_type, ("reference",)):
         reason = why_not(OPERATORS[name], backend)
+        dtypes = _DTYPES[backend]
+        if reason is None and dtypes is not None and dtype not in dtypes:
+            reason = f"computes in {', '.join(map(str, dtypes))}, not in {dtype}"
         if reason is None:
             return backend
         reasons.append(f"{backend}: {reason}")
     raise BackendUnavailable(f"kernels={kernels!r} cannot run {name} on {device_type!r} here ({'; '.join(reasons)})")
 
 
-def select(name: str, kernels: str, device: torch.device) -> Callable[..., Any]:
+def select(name: str, kernels: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
     """The overload that serves operator `name`."""
-    return OPERATORS[name].overload(select_backend(name, kernels, device.type))
+    return OPERATORS[name].overload(select_backend(name, kernels, device.type, dtype))
 
 
 class KernelSet:
-    """Every operator's overload for one choice of kernels on one kind of device, resolved once.
+    """Every operator's overload for one choice of kernels, kind of device and dtype, resolved once.
 
     Attributes are the operators (`kernels.compact(...)`, raw schemas, no argument checks); `serves` maps operator to
     backend.
     """
 
-    def __init__(self, kernels: str, device_type: str) -> None:
+    def __init__(self, kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> None:
         self.choice = check_kernels(kernels)
         self.device_type = device_type
-        self.serves = {name: select_backend(name, kernels, device_type) for name in OPERATORS}
+        self.serves = {name: select_backend(name, kernels, device_type, dtype) for name in OPERATORS}
         for name, backend in self.serves.items():
             setattr(self, name, OPERATORS[name].overload(backend))
 
@@ -97,8 +109,9 @@ class KernelSet:
 
 
 @functools.cache
-def kernel_set(kernels: str, device_type: str) -> KernelSet:
-    return KernelSet(kernels, device_type)
+def kernel_set(kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> KernelSet:
+    """The `KernelSet` of a choice; BackendUnavailable, with the reason, where it cannot serve."""
+    return KernelSet(kernels, device_type, dtype)
 
 
 def table() -> list[tuple[str, dict[str, str]]]:

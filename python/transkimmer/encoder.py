@@ -92,10 +92,10 @@ class SkimmingEncoder(nn.Module):
 
     def _infer(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         given = batch.hidden
-        kernels = kernel_set(self.skim_kernels, given.device.type)
         dtype = given.dtype
         if torch.is_autocast_enabled(given.device.type):
             dtype = torch.get_autocast_dtype(given.device.type)
+        kernels = kernel_set(self.skim_kernels, given.device.type, dtype)
         weights = self.skim_weights.get(
             self, architecture, self.skim_predictors, kernels, dtype, self.skim_first_token_only
         )
@@ -130,7 +130,7 @@ class SkimmingEncoder(nn.Module):
 
     def _train(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         self.skim_weights.clear()
-        kernels = kernel_set(self.skim_kernels, batch.hidden.device.type)
+        kernels = kernel_set(self.skim_kernels, batch.hidden.device.type, batch.hidden.dtype)
         count = int(batch.cu_seqlens[-1])
         rows = batch.slots[:count].long()
         first = torch.zeros(count + 1, dtype=torch.bool, device=rows.device)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from transkimmer_kernels import kernel_set
+from transkimmer_kernels import KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 
 from .architectures import architecture_of, encoder_of, reads_first_token_only
@@ -43,7 +43,7 @@ class Skimming:
     @kernels.setter
     def kernels(self, kernels: str) -> None:
         check_kernels(kernels)
-        kernel_set(kernels, next(self._encoder.parameters()).device.type)  # raises where they cannot run
+        _kernels_for(self._encoder, kernels)  # raises where they cannot run
         self._encoder.skim_kernels = kernels
 
     @property
@@ -57,8 +57,8 @@ class Skimming:
 
     @property
     def serves(self) -> dict[str, str]:
-        """operator -> backend that runs it on the model's present device."""
-        return dict(kernel_set(self.kernels, next(self._encoder.parameters()).device.type).serves)
+        """operator -> backend that runs it on the model's present device and in its present dtype."""
+        return dict(_kernels_for(self._encoder, self.kernels).serves)
 
     @property
     def first_token_only(self) -> bool:
@@ -72,6 +72,11 @@ class Skimming:
     def refresh(self) -> None:
         """Prepares the kernels' copy of the weights anew; needed only after writing through `param.data` in place."""
         self._encoder.skim_weights.clear()
+
+
+def _kernels_for(module: nn.Module, kernels: str) -> KernelSet:
+    weight = next(module.parameters())
+    return kernel_set(kernels, weight.device.type, weight.dtype)
 
 
 def skimming_of(model: Any) -> Skimming:
@@ -110,7 +115,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
         raise ValueError(f"SkimConfig.schedule: has {len(config.schedule)} ratios, but the model has {count} layers")
     weight = next(encoder.parameters())
     if weight.device.type != "meta":
-        kernel_set(kernels, weight.device.type)
+        _kernels_for(encoder, kernels)
     predictors = nn.ModuleList(
         SkimPredictor(model.config.hidden_size, config.predictor_width, config.bias_init) for _ in range(count)
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from transkimmer_kernels.runtime import LayerWeights
 
 

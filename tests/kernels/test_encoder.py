@@ -1,4 +1,4 @@
-"""`run_encoder` with a policy made by hand, against a dense encoder that only masks (METHODS 9.6, items 1, 2, 5, 6, 7, 14)."""
+"""`run_encoder` with a policy made by hand, against a dense encoder that only masks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transkimmer_kernels as tk
 from torch import Tensor
+
+import transkimmer_kernels as tk
 from transkimmer_kernels import Ragged, kernel_set
 from transkimmer_kernels.runtime import LayerWeights, PredictorWeights, Trace, run_encoder
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
 from transkimmer_kernels import KernelSet, Ragged, kernel_set
 
 from ..ops.cases import offsets
@@ -31,7 +34,7 @@ MASKS = {
 def listed(batch: Ragged) -> list[list[int]]:
     """The slots of each sequence."""
     bounds = batch.cu_seqlens.tolist()
-    return [batch.slots[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [batch.slots[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
@@ -61,11 +64,11 @@ def test_from_padded_of_nothing(kernels: KernelSet, size: int, length: int) -> N
 
 def test_from_padded_refuses(kernels: KernelSet) -> None:
     hidden = torch.randn(2, 3, 4, device=kernels.device_type)
-    with pytest.raises(ValueError, match="^hidden: expected 3 dimensions"):
+    with pytest.raises(ValueError, match=r"^hidden: expected 3 dimensions"):
         Ragged.from_padded(hidden[0], None, kernels)
     with pytest.raises(ValueError, match=r"^mask: expected shape \[2, 3\]"):
         Ragged.from_padded(hidden, hidden.new_ones(2, 4), kernels)
-    with pytest.raises(ValueError, match="^mask: expected device"):
+    with pytest.raises(ValueError, match=r"^mask: expected device"):
         Ragged.from_padded(hidden, torch.ones(2, 3, device="meta"), kernels)
 
 

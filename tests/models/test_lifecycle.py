@@ -117,6 +117,18 @@ def test_kernels_can_be_switched_on_a_live_model() -> None:
     assert model.skimming.kernels == "reference"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_auto_serves_dtypes_that_the_native_kernels_do_not(dtype: torch.dtype) -> None:
+    model = tiny("bert", "sequence").to(dtype)
+    inputs = padded_inputs()
+    dense = model(**inputs).logits
+    assert torch.allclose(add_skimming(model)(**inputs).logits, dense, rtol=1e-2, atol=1e-2)
+    assert set(model.skimming.serves.values()) == {"reference"}
+    with pytest.raises(BackendUnavailable, match=r"cpu: computes in torch.float32, torch.bfloat16, not in"):
+        model.skimming.kernels = "cpu"
+
+
 def test_pipeline(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "##s"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

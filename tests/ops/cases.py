@@ -1,4 +1,4 @@
-"""Inputs of the operators on awkward batches, poisoned wherever a kernel must not look. Benchmarks build theirs here too.
+"""Inputs of the operators on awkward batches, poisoned wherever a kernel must not look; for benchmarks, too.
 
 Values depend on the seed alone, not on the device. Whatever the contract calls garbage is made to hurt: rows at and
 beyond the token count, and rows that no slot names, are NaN; slots at and beyond the count are wild integers.

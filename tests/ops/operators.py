@@ -1,4 +1,4 @@
-"""The table of the conformance suite: per operator its public function, its oracle, its leaves and its awkward cases."""
+"""The table of the conformance suite: each operator's public function, oracle, leaves and awkward cases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transkimmer_kernels as tk
 from torch import Tensor
+
+import transkimmer_kernels as tk
 
 from . import cases, oracle
 from .cases import LENGTHS, Case, Kwargs

@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch, one formula for two uses: in fp64 it is the oracle, in the tested dtype the yardstick.
+"""Every operator in plain PyTorch, one formula for two uses: oracle in fp64, yardstick in the tested dtype.
 
 Each function takes what the public function takes and returns the valid part of its outputs only (`valid` cuts the
 same part out of real outputs). Everything is differentiable by autograd. Written apart from the `reference` backend,
@@ -7,6 +7,7 @@ which is under test like any other.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def _listed(slots: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def compact(*, keep: Tensor, slots: Tensor, cu_seqlens: Tensor, keep_first: bool) -> Outputs:
     kept, ends, bounds = [], [0], cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         kept += [int(slots[i]) for i in range(begin, end) if bool(keep[i]) or (keep_first and i == begin)]
         ends.append(len(kept))
     as_int32 = {"dtype": torch.int32, "device": slots.device}

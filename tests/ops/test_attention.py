@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 import transkimmer_kernels as tk
 
 from ..target import DTYPES, TARGETS, Target
@@ -24,7 +25,7 @@ attention = pytest.mark.operators("ragged_attention")
 @attention
 @with_dtypes
 def test_importance_sums_to_heads_times_queries(target: Target, dtype: torch.dtype) -> None:
-    """A row of P sums to 1, so a sequence's column sums add up to heads * its length; and a skimmed key gets nothing."""
+    """A row of P sums to 1, so the column sums of a sequence add up to heads * length; a skimmed key gets nothing."""
     for keep in (None, "mixed"):
         kwargs = cases.ragged_attention(Source(dtype, target.device), LENGTHS, heads=3, importance=True, keep=keep)
         _, _, importance = target.call(tk.ragged_attention, **kwargs)

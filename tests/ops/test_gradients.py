@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transkimmer_kernels as tk
 from torch import Tensor
+
+import transkimmer_kernels as tk
 
 from ..target import Target
 from . import cases, oracle

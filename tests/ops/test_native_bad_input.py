@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from transkimmer_kernels.library import OPERATORS
 
 from ..target import Target
@@ -150,5 +151,5 @@ def test_strided_last_dimension_is_refused() -> None:
     CPU.require("ragged_attention")
     overload, arguments = _raw("ragged_attention")
     q = arguments["q"].transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.raises(RuntimeError, match="q has stride .* in its last dimension"):
+    with pytest.raises(RuntimeError, match=r"q has stride .* in its last dimension"):
         overload(**{**arguments, "q": q})

@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every overload: schema, fake, autograd registration and, where there is one, the AOT path."""
+"""torch.library.opcheck of every overload: schema, fake, autograd registration and the AOT path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from transkimmer_kernels.library import OPERATORS
 
 from ..target import Target

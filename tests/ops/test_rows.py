@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import transkimmer_kernels as tk
 from hypothesis import given
 from hypothesis import strategies as st
+
+import transkimmer_kernels as tk
 
 from ..target import Target
 from . import oracle

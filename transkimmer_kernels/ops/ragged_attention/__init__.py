@@ -156,5 +156,5 @@ def ragged_attention(
         keep = keep.contiguous()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.size(2) ** -0.5 if scale is None else float(scale)
-    run = select("ragged_attention", kernels, q.device)
+    run = select("ragged_attention", kernels, q.device, q.dtype)
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, keep, return_importance)

@@ -183,7 +183,7 @@ def ragged_linear(
         check_tensor("slots", slots, device=x.device)
         check_slots("slots", slots, cu_seqlens, x.size(0))
         slots = slots.contiguous()
-    run = select("ragged_linear", kernels, x.device)
+    run = select("ragged_linear", kernels, x.device, x.dtype)
     return run(x.contiguous(), weight, bias, cu_seqlens, slots, activation)
 
 
@@ -223,7 +223,7 @@ def ragged_linear_norm(
         residual_slots = residual_slots.contiguous()
     else:
         require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
-    run = select("ragged_linear_norm", kernels, x.device)
+    run = select("ragged_linear_norm", kernels, x.device, x.dtype)
     residual = residual.contiguous()
     return run(x.contiguous(), weight, bias, residual, residual_slots, norm_weight, norm_bias, eps, cu_seqlens)
 
@@ -267,7 +267,7 @@ def ragged_linear_norm_(
     check_tensor("slots", slots, device=x.device, shape=(x.size(0),))
     check_slots("slots", slots, cu_seqlens, hidden.size(0))
     require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
-    run = select("ragged_linear_norm_", kernels, x.device)
+    run = select("ragged_linear_norm_", kernels, x.device, x.dtype)
     x, residual, slots = x.contiguous(), residual.contiguous(), slots.contiguous()
     run(hidden, slots, x, weight, bias, residual, norm_weight, norm_bias, eps, cu_seqlens)
     return hidden

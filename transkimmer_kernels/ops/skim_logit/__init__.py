@@ -106,5 +106,5 @@ def skim_logit(
     weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
     for name, weight, shape in zip(WEIGHTS, weights, shapes, strict=True):
         check_tensor(name, weight, dtype=hidden.dtype, device=hidden.device, shape=shape)
-    run = select("skim_logit", kernels, hidden.device)
+    run = select("skim_logit", kernels, hidden.device, hidden.dtype)
     return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps)
