@@ -117,17 +117,13 @@ class CMakeBuild(build_ext):
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read this pyproject.toml
-    sys.exit(
-        f"transkimmer: setuptools {setuptools.__version__} is too old: pip install -U 'setuptools>=77' wheel"
-    )
+    sys.exit(f"transkimmer: setuptools {setuptools.__version__} is too old: pip install -U 'setuptools>=77' wheel")
 reason = why_not_native()
 if reason:
     print(f"transkimmer: {reason}; installing the pure-Python reference kernels only", file=sys.stderr)
 elif find_torch() is None:
     sys.exit(f"transkimmer: torch is not importable here; install torch>=2.10 first, then run: {COMMAND}")
-sources = [
-    path for folder in ("csrc", "cmake") for path in sorted((ROOT / folder).rglob("*")) if path.is_file()
-]
+sources = [path for folder in ("csrc", "cmake") for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
 # One Extension without sources: it gives the wheel its platform tag and brings native sources into the sdist.
 native = Extension(
     "transkimmer_kernels._native",

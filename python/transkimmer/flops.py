@@ -35,19 +35,32 @@ class EncoderShape:
         """Multiply-adds of one predictor; `arriving` tokens per sequence, of which the first is never scored."""
         return (arriving - 1).clamp(min=0) * (self.hidden * self.predictor + 2 * self.predictor)
 
-    def dense_flops(self, lengths: Tensor) -> int:
-        """FLOPs of the dense encoder on sequences of `lengths` (int64 [sequences])."""
-        return 2 * self.layers * int(self.layer_macs(lengths).sum())
+    def first_token_macs(self, tokens: Tensor) -> Tensor:
+        """Multiply-adds of a layer that computes keys and values of all `tokens`, but the first token's output only."""
+        d = self.hidden
+        return 2 * tokens * (d * d + d) + (tokens > 0) * (2 * d * d + 2 * d * self.ffn)
 
-    def skimming_flops(self, lengths: Tensor, layer_lengths: Tensor) -> int:
-        """FLOPs with `layer_lengths` (int64 [layers, sequences]) tokens worked on, predictors included."""
+    def dense_flops(self, lengths: Tensor, *, first_token_only: bool = False) -> int:
+        """FLOPs of the dense encoder on sequences of `lengths` (int64 [sequences])."""
+        return self.skimming_flops(
+            lengths, lengths.expand(self.layers, -1), first_token_only=first_token_only, predictors=False
+        )
+
+    def skimming_flops(
+        self, lengths: Tensor, layer_lengths: Tensor, *, first_token_only: bool = False, predictors: bool = True
+    ) -> int:
+        """FLOPs with `layer_lengths` (int64 [layers, sequences]) tokens worked on.
+
+        `first_token_only`: the last layer as `first_token_macs` counts it, instead of the paper's way, in full.
+        """
         if layer_lengths.size(0) != self.layers:
             raise ValueError(f"layer_lengths: expected {self.layers} layers, got {list(layer_lengths.shape)}")
-        macs = int(self.layer_macs(layer_lengths).sum())
-        if self.predictor:
+        last = self.first_token_macs if first_token_only else self.layer_macs
+        macs = int(self.layer_macs(layer_lengths[:-1]).sum()) + int(last(layer_lengths[-1]).sum())
+        if self.predictor and predictors:
             macs += int(self.predictor_macs(lengths).sum()) + int(self.predictor_macs(layer_lengths[:-1]).sum())
         return 2 * macs
 
     def flops_speedup(self, lengths: Tensor, layer_lengths: Tensor) -> float:
-        """Dense FLOPs over skimming FLOPs, neither with any padding."""
+        """Dense FLOPs over skimming FLOPs as the paper counts them: every layer in full, neither with any padding."""
         return self.dense_flops(lengths) / max(self.skimming_flops(lengths, layer_lengths), 1)

@@ -35,6 +35,16 @@ def test_flops_speedup_of_the_papers_tasks(length: int, rho: float, speedup: flo
     assert shape.flops_speedup(torch.tensor([length]), layers) == pytest.approx(speedup, rel=0.02)
 
 
+def test_a_last_layer_of_first_tokens_only() -> None:
+    """Keys and values of all n tokens, query, output, FFN and attention of one."""
+    shape, n, d = EncoderShape(layers=2, hidden=64, ffn=256), 10, 64
+    expected = 2 * n * d * d + 2 * d * d + 2 * d * 256 + 2 * n * d
+    assert shape.first_token_macs(torch.tensor([n, 0])).tolist() == [expected, 0]
+    lengths = torch.tensor([n])
+    full, cut = (shape.dense_flops(lengths, first_token_only=only) for only in (False, True))
+    assert full - cut == 2 * (int(shape.layer_macs(lengths)) - expected)
+
+
 def test_skimming_nothing_costs_the_predictors() -> None:
     shape = EncoderShape.of(BertConfig(), predictor=768)
     lengths = torch.full((1,), 256)

@@ -16,24 +16,27 @@ from ..flops import EncoderShape
 from ..records import record_skimming
 from ..skimming import skimming_of
 from ..training.evaluation import predictor_width
-from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, contenders
+from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender, contenders
 from .workload import Batch
 
 
 @dataclass
 class Row:
-    """One contender's figures. Speedups are over the faster of the two padding-free dense contenders.
+    """One contender's figures. Speedups are over the baseline: the faster of the two padding-free dense contenders.
 
     name; accuracy (None without labels); tokens_kept: share of token-layers worked on, padding counting above 1;
-    flops_speedup; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: their quotient;
-    agreement: share of predictions equal to the dense model's; median_s: seconds for all batches; spread: (max - min)
-    / median over repeats.
+    flops_speedup: FLOPs that the baseline executes over FLOPs that this contender does (ours leave out what the head
+    does not read of the last layer, dense or skimming); paper_flops_speedup: the same with every layer in full, as the
+    paper counts; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: wall_clock_speedup /
+    flops_speedup; agreement: share of predictions equal to the dense model's; median_s: seconds for all batches;
+    spread: (max - min) / median over repeats.
     """
 
     name: str
     accuracy: float | None
     tokens_kept: float
     flops_speedup: float
+    paper_flops_speedup: float
     wall_clock_speedup: float
     skim_efficiency: float
     agreement: float
@@ -50,30 +53,44 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: must be at least 1")
     field = contenders(model)
+    answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
+    layer_lengths = []
+    for batch in tqdm(batches, desc="answers", unit="batch", leave=False):  # untimed: answers, counts and warm-up
+        for contender in field:
+            with record_skimming() as records:
+                answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
+            if contender.name == SKIMMING:
+                layer_lengths.append(records[0].layer_lengths)
+    seconds = time_in_turn(field, batches, repeats)
+    skimming_of(model).enabled = True
+    return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
+
+
+def time_in_turn(field: Sequence[Contender], batches: Sequence[Batch], repeats: int) -> dict[str, list[float]]:
+    """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
-    with tqdm(total=(repeats + 1) * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
-        answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
-        layer_lengths = []
-        for batch in batches:  # untimed: answers, counts and warm-up
-            for contender in field:
-                with record_skimming() as records:
-                    answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
-                if contender.name == SKIMMING:
-                    layer_lengths.append(records[0].layer_lengths)
-                progress.update()
+    with tqdm(total=repeats * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
         for repeat in range(repeats):
             totals = dict.fromkeys(seconds, 0.0)
             for number, batch in enumerate(batches):
                 turn = (repeat + number) % len(field)
-                for contender in field[turn:] + field[:turn]:
+                for contender in [*field[turn:], *field[:turn]]:
                     start = time.perf_counter()
                     contender.run(batch.inputs)
                     totals[contender.name] += time.perf_counter() - start
                     progress.update()
             for name, total in totals.items():
                 seconds[name].append(total)
-    skimming_of(model).enabled = True
-    return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
+    return seconds
+
+
+def paired_speedup(baseline: Sequence[float], times: Sequence[float]) -> float:
+    """How many times faster than `baseline`: median over repeats, each compared with its own."""
+    return statistics.median(b / t for b, t in zip(baseline, times, strict=True))
+
+
+def relative_spread(times: Sequence[float]) -> float:
+    return (max(times) - min(times)) / statistics.median(times)
 
 
 def _rows(
@@ -87,12 +104,16 @@ def _rows(
     padded = torch.cat([torch.full_like(batch.lengths, batch.inputs["input_ids"].size(1)) for batch in batches])
     labels = None if batches[0].labels is None else torch.cat([b.labels for b in batches if b.labels is not None])
     shape = EncoderShape.of(model.config, predictor_width(model))
-    dense = shape.dense_flops(lengths)
-    flops_speedups = {
-        PADDED: dense / shape.dense_flops(padded),
-        PLAIN: 1.0,
-        KEEP_ALL: 1.0,
-        SKIMMING: dense / shape.skimming_flops(lengths, layer_lengths),
+    paper = {
+        PADDED: shape.dense_flops(padded),
+        PLAIN: shape.dense_flops(lengths),
+        KEEP_ALL: shape.dense_flops(lengths),
+        SKIMMING: shape.skimming_flops(lengths, layer_lengths),
+    }
+    cut = skimming_of(model).first_token_only
+    executed = paper | {
+        KEEP_ALL: shape.dense_flops(lengths, first_token_only=cut),
+        SKIMMING: shape.skimming_flops(lengths, layer_lengths, first_token_only=cut),
     }
     total = float(lengths.sum())
     kept = {
@@ -106,18 +127,20 @@ def _rows(
     rows = []
     for name, times in seconds.items():
         predictions = torch.cat(answers[name])
-        speedup = statistics.median(b / t for b, t in zip(seconds[baseline], times, strict=True))
+        speedup = paired_speedup(seconds[baseline], times)
+        flops_speedup = executed[baseline] / executed[name]
         rows.append(
             Row(
                 name=name,
                 accuracy=None if labels is None else float((predictions == labels).double().mean()),
                 tokens_kept=kept[name],
-                flops_speedup=flops_speedups[name],
+                flops_speedup=flops_speedup,
+                paper_flops_speedup=paper[baseline] / paper[name],
                 wall_clock_speedup=speedup,
-                skim_efficiency=speedup / flops_speedups[name],
+                skim_efficiency=speedup / flops_speedup,
                 agreement=float((predictions == reference).double().mean()),
                 median_s=statistics.median(times),
-                spread=(max(times) - min(times)) / statistics.median(times),
+                spread=relative_spread(times),
             )
         )
     return rows
