@@ -70,6 +70,10 @@ class PeerRow:
     logits_error: float | None = None
     note: str | None = None
 
+    def to_dict(self) -> dict[str, object]:
+        """Without what it does not have."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
 
 class _Logits(nn.Module):
     """What is exported: two tensors in, one out."""
@@ -264,7 +268,7 @@ def main() -> int:
         document = {
             "title": title,
             "environment": {**environment(), "peers": versions()},
-            "rows": [asdict(row) for row in rows],
+            "rows": [row.to_dict() for row in rows],
         }
         write_whole(arguments.json, json.dumps(document, indent=2) + "\n")
     return 0

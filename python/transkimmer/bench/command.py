@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    console = Console(record=arguments.html is not None, width=None if os.isatty(1) else 140)
+    console = Console(record=arguments.html is not None, width=None if os.isatty(1) else 150)
     if arguments.model == "demo":
         if arguments.schedule or arguments.lengths:
             raise ValueError("--schedule and --lengths do not go with the demo model, whose predictors are trained")

@@ -1,0 +1,253 @@
+"""The bench command: what it is fed, what it computes, what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transkimmer import SkimConfig, add_skimming
+from transkimmer.bench import show, workload
+from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
+from transkimmer.bench.timing import compare, time_in_turn
+from transkimmer.cli import main
+from transkimmer.data import read_sst2, sample_path
+from transkimmer.flops import EncoderShape
+
+from ..models.tiny import LAYERS, VOCABULARY, tiny
+
+RATIOS = [1.0, 0.6, 0.2]
+LENGTHS = [9, 4, 14, 6, 11, 5, 3, 20]
+PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##happy", "dog")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    pieces = {piece: number for number, piece in enumerate(PIECES)}
+    word_piece = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    word_piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    word_piece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=word_piece, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A dense classifier with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    tiny("bert", "sequence").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+# What is timed
+
+
+def test_schedules_by_name_and_by_number() -> None:
+    assert workload.parse_schedule("mrpc", 2) == pytest.approx([0.787, 0.787**2])
+    assert workload.parse_schedule("1,0.5, .25", 3) == [1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("text", "message"), [("fast", "--schedule fast: .*mrpc"), ("1,.5", "2 ratios.*3 layers")])
+def test_bad_schedules(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        workload.parse_schedule(text, 3)
+
+
+def test_known_lengths_are_cut_at_the_longest() -> None:
+    lengths = workload.lengths_of("imdb", None, 128)
+    assert len(lengths) == len(workload.known_lengths()["imdb"]) and max(lengths) == 128
+
+
+def test_lengths_of_a_text_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("dog\n\nunhappy dog\n" + "dog " * 9, encoding="utf-8")
+    assert workload.lengths_of(str(file), str(folder), 8) == [3, 5, 8]
+
+
+def test_bad_lengths(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text(" \n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--lengths nowhere: must be one of mrpc, .*text file"):
+        workload.lengths_of("nowhere", None, 512)
+    with pytest.raises(ValueError, match=r"--lengths .*texts\.txt: .*--tokenizer"):
+        workload.lengths_of(str(file), None, 512)
+    with pytest.raises(ValueError, match=r"--lengths .*texts\.txt: the file has no text"):
+        workload.lengths_of(str(file), "unused", 512)
+
+
+def test_random_batches() -> None:
+    batches = workload.random_batches(LENGTHS[:7], 3, 5, VOCABULARY)
+    assert [batch.lengths.tolist() for batch in batches] == [[9, 4, 14], [6, 11, 5]]  # the seventh fills no batch
+    assert len(workload.random_batches(LENGTHS, 3, 1, VOCABULARY)) == 1
+    again = workload.random_batches(LENGTHS[:7], 3, 5, VOCABULARY)
+    for batch, same in zip(batches, again, strict=True):
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        assert torch.equal(ids, same.inputs["input_ids"])
+        assert torch.equal(mask.sum(1), batch.lengths) and mask.size(1) == batch.lengths.max()
+        assert bool((mask.diff(dim=1) <= 0).all())  # padding on the right
+        assert torch.equal(ids != 0, mask.bool()) and int(ids.max()) < VOCABULARY
+
+
+def test_batches_need_enough_lengths() -> None:
+    with pytest.raises(ValueError, match=r"--batch-size 9: there are only 8 lengths"):
+        workload.random_batches(LENGTHS, 9, 1, VOCABULARY)
+
+
+# What is computed
+
+
+def test_compare() -> None:
+    model = tiny("bert", "sequence")
+    batches = workload.random_batches(LENGTHS, 4, 2, VOCABULARY)
+    with torch.no_grad():
+        predictions = [model(**batch.inputs).logits.argmax(-1) for batch in batches]
+    batches[0].labels, batches[1].labels = predictions[0], 1 - predictions[1]
+    add_skimming(model, SkimConfig(schedule=RATIOS))
+    rows = {row.name: row for row in compare(model, batches, 3)}
+
+    lengths = torch.tensor(LENGTHS)
+    layers = torch.stack([(lengths * ratio).round().long().clamp(min=1) for ratio in RATIOS])
+    padded = torch.tensor([14] * 4 + [20] * 4)
+    shape = EncoderShape.of(model.config, model.config.hidden_size)
+    assert list(rows) == [PADDED, PLAIN, KEEP_ALL, SKIMMING]
+    assert rows[SKIMMING].paper_flops_speedup == shape.flops_speedup(lengths, layers)
+    assert rows[PADDED].paper_flops_speedup == shape.dense_flops(lengths) / shape.dense_flops(padded)
+    assert rows[PLAIN].paper_flops_speedup == rows[KEEP_ALL].paper_flops_speedup == 1.0
+    baseline = min(rows[PLAIN], rows[KEEP_ALL], key=lambda row: row.median_s)
+    assert baseline.wall_clock_speedup == baseline.flops_speedup == 1.0
+    executed = {  # of the last layer this head reads one token, which only ours make use of
+        PADDED: shape.dense_flops(padded),
+        PLAIN: shape.dense_flops(lengths),
+        KEEP_ALL: shape.dense_flops(lengths, first_token_only=True),
+        SKIMMING: shape.skimming_flops(lengths, layers, first_token_only=True),
+    }
+    assert rows[SKIMMING].tokens_kept == pytest.approx(int(layers.sum()) / (LAYERS * sum(LENGTHS)))
+    assert rows[PADDED].tokens_kept == pytest.approx(int(padded.sum()) / sum(LENGTHS))
+    for name in (PADDED, PLAIN, KEEP_ALL):
+        assert rows[name].agreement == 1.0 and rows[name].accuracy == 0.5
+    assert rows[PLAIN].tokens_kept == rows[KEEP_ALL].tokens_kept == 1.0
+    for name, row in rows.items():
+        assert row.flops_speedup == executed[baseline.name] / executed[name]
+        assert row.skim_efficiency == row.wall_clock_speedup / row.flops_speedup
+        assert row.median_s > 0 and row.spread >= 0
+    assert model.skimming.enabled
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+    field = [Contender(name, lambda inputs, name=name: calls.append(name)) for name in "abc"]
+    seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 2)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert "".join(calls) == "abc" + "bca" + "bca" + "cab"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),  # the five tokens of either are read by 3, 1, 2, 1 and 2 layers
+    [("unhappy dog", [("unhappy", 2), ("dog", 1)]), ("dog unhappy", [("dog", 1), ("unhappy", 2)])],
+)
+def test_a_word_is_read_as_long_as_any_piece_of_it(
+    tokenizer: PreTrainedTokenizerFast, text: str, expected: list[tuple[str, int]]
+) -> None:
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(schedule=RATIOS))
+    words, predicted = show.word_depths(model, tokenizer, text)
+    assert words == expected
+    assert predicted == int(model(**tokenizer(text, return_tensors="pt")).logits.argmax())
+
+
+# What is written and what is refused
+
+KEYS = ["name", "accuracy", "tokens_kept", "flops_speedup", "paper_flops_speedup", "wall_clock_speedup"]
+KEYS += ["skim_efficiency", "agreement", "median_s", "spread"]
+SCHEDULED = ["--schedule", "1,0.6,0.2", "--lengths", "mrpc"]
+
+
+def test_json_and_html(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, page = tmp_path / "rows.json", tmp_path / "page.html"
+    options = [*SCHEDULED, "--batch-size", "4", "--batches", "2", "--repeats", "1"]
+    assert main(["bench", "--model", str(folder), *options, "--json", str(data), "--html", str(page)]) == 0
+    document = json.loads(data.read_text(encoding="utf-8"))
+    assert [row["name"] for row in document["rows"]] == [PADDED, PLAIN, KEEP_ALL, SKIMMING]
+    for row in document["rows"]:
+        assert list(row) == KEYS
+        assert row["accuracy"] is None  # random tokens have no labels
+    assert document["options"]["batch_size"] == 4 and document["environment"]["torch"] == torch.__version__
+    assert document["title"] in " ".join(capsys.readouterr().out.split())
+
+    html = page.read_text(encoding="utf-8")
+    assert html.startswith("<!DOCTYPE html>")
+    for row in document["rows"]:
+        assert f"{row['median_s']:.3f} s" in html and all(word in html for word in row["name"].split())
+    assert not re.search(r"https?:|\bsrc\s*=|\bhref\s*=|url\(|@import|<script|<link", html)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "rows.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs --schedule and --lengths"),
+        (["--model", "demo", *SCHEDULED], "--schedule and --lengths do not go with the demo"),
+        ([*SCHEDULED, "--schedule", "1,0.6"], "--schedule 1,0.6: has 2 ratios, but the model has 3 layers"),
+        ([*SCHEDULED, "--schedule", "1,0.6,2"], "SkimConfig.schedule=[1.0, 0.6, 2.0]: must be"),
+        ([*SCHEDULED, "--lengths", "nowhere"], "--lengths nowhere"),
+        ([*SCHEDULED, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        ([*SCHEDULED, "--batch-size", "5000"], "--batch-size 5000: there are only 408 lengths"),
+        ([*SCHEDULED, "--batches", "-1"], "--batches -1: must be at least 1"),
+        ([*SCHEDULED, "--repeats", "0"], "--repeats 0: must be at least 1"),
+        ([*SCHEDULED, "--threads", "0"], "--threads 0: must be at least 1"),
+        ([*SCHEDULED, "--max-length", "0"], "--max-length 0: must be at least 1"),
+        ([*SCHEDULED, "--kernels", "fast"], "kernels='fast': must be one of"),
+    ],
+)
+def test_refused_arguments(folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", str(folder), *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # loading has shown its progress before
+    assert error.startswith("transkimmer bench: ") and message in error
+
+
+def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--dtype", "fp64"])
+    assert "--dtype" in capsys.readouterr().err
+
+
+# Sentence files
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.xz"])
+def test_sentence_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"train{suffix}"
+    content = 'sentence\tlabel\nun film "étrange \t1\nflat\t0\n'.encode()
+    path.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
+    assert [(s.text, s.label) for s in read_sst2(path)] == [('un film "étrange ', 1), ("flat", 0)]
+
+
+def test_the_sentences_that_come_along() -> None:
+    sentences = read_sst2(sample_path())
+    assert len(sentences) == 872 and sum(sentence.label for sentence in sentences) == 444
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sentence\nflat\n", r"dev\.tsv: expected the header .*\['sentence'\]"),
+        ("sentence\tlabel\nfine\t1\nflat\t2\n", r"dev\.tsv, line 3: .*0 or 1, got \['flat', '2'\]"),
+        ("sentence\tlabel\nflat\n", r"dev\.tsv, line 2: expected a sentence and a label"),
+        ("sentence\tlabel\n", r"dev\.tsv: has a header but no sentences"),
+        ("", r"dev\.tsv: expected the header"),
+    ],
+)
+def test_bad_sentence_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "dev.tsv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_sst2(path)
+
+
+def test_missing_sentence_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.tsv"):
+        read_sst2(tmp_path / "none.tsv")

@@ -1,0 +1,51 @@
+"""Figures in the README and the demo's weights are those that are stored."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transkimmer.data import TokenizedSentences, padded_batches, read_sst2, sample_path
+from transkimmer.demo import load_demo, stored_figures
+from transkimmer.training import evaluate_classifier
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    report = [sys.executable, str(ROOT / "benchmarks/report.py"), "--check"]
+    assert subprocess.run(report, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
+def test_stored_results_are_complete(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {"torch", "processor", "threads"} <= set(result["environment"])
+    assert all(row["median_s"] > 0 for row in result["rows"] if "median_s" in row)
+
+
+def test_the_demo_is_as_good_as_stored() -> None:
+    """The committed weights on all of SST-2's development sentences, by the deterministic decision."""
+    model, tokenizer = load_demo()
+    examples = TokenizedSentences(read_sst2(sample_path()), tokenizer)
+    result = evaluate_classifier(model, padded_batches(examples, tokenizer, 64, sort=True))
+    stored = stored_figures()
+    # Other processors round differently; a sentence on the edge may fall to the other side.
+    assert result.accuracy == pytest.approx(stored["accuracy"], abs=3 / 872)
+    assert result.flops_speedup == pytest.approx(stored["flops_speedup"], rel=0.01)
+    assert model.skimming.config.threshold == 0.5
+
+
+@torch.no_grad()
+def test_the_demo_in_bf16_gives_the_same_answers() -> None:
+    answers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = load_demo(dtype=dtype)
+        examples = TokenizedSentences(read_sst2(sample_path())[:128], tokenizer)
+        batches = padded_batches(examples, tokenizer, 32)
+        answers.append(evaluate_classifier(model, batches).predictions)
+    assert (answers[0] == answers[1]).double().mean() >= 0.97
