@@ -28,7 +28,7 @@ from transformers import (
 from ..config import SkimConfig
 from ..data import Sentence, TokenizedSentences, padded_batches, read_sst2, sample_path
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
-from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder
+from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder, load_demo
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,20 @@ def run(arguments: argparse.Namespace) -> int:
     figures: dict[str, Any] = {"recipe": vars(recipe), "train_sentences": len(train)}
     figures.update(_figures(dense, tokenizer, held_out, prefix="dense_"))
     model = _train_skimming(dense, train, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
-    _round_to_half(model)
-    figures.update(_figures(model, tokenizer, held_out, prefix=""))
     figures[CONFIG_KEY] = skimming_of(model).config.to_dict()
-
     tensors = {n: t.half().contiguous() for n, t in model.state_dict().items() if not n.startswith(EMBEDDINGS)}
     save_file(tensors, arguments.output / WEIGHTS)
-    (arguments.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_figures(figures, arguments.output)
+    # What is evaluated is what is stored: fp16 weights, loaded anew, without the Trainer's autocast around them.
+    stored, _ = load_demo(folder=arguments.output)
+    figures.update(_figures(stored, tokenizer, held_out, prefix=""))
+    _write_figures(figures, arguments.output)
     print(json.dumps(figures, indent=2))
     return 0
+
+
+def _write_figures(figures: dict[str, Any], folder: Path) -> None:
+    (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _dense_model(
@@ -201,11 +206,3 @@ def _figures(
             figures[f"{name}tokens_kept_by_layer"] = result.tokens_kept_by_layer
             figures[f"{name}flops_speedup"] = result.flops_speedup
     return figures
-
-
-@torch.no_grad()
-def _round_to_half(model: PreTrainedModel) -> None:
-    """What is evaluated is what is stored."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith(EMBEDDINGS):
-            parameter.copy_(parameter.half().float())
