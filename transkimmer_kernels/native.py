@@ -47,16 +47,6 @@ def status() -> dict[str, NativeStatus]:
     return dict(_status)
 
 
-def why_not_cpu() -> str | None:
-    """None when the CPU library is loaded, else why it is not."""
-    return status()["cpu"].reason or None
-
-
-def why_not_cuda() -> str | None:
-    """None when the CUDA library is loaded, else why it is not."""
-    return status()["cuda"].reason or None
-
-
 def build_info() -> dict[str, str]:
     """How the native code was built (versions, architectures, flags), as the `_native` module recorded it.
 
