@@ -1,20 +1,19 @@
 // Registration of the CPU kernels with PyTorch through its stable ABI: checks, output tensors and threads.
-// What the operators compute is documented with their schemas in transkimmer_kernels/ops.
+// What the operators compute is documented with their schemas in transkimmer_kernels/ops. Those that go row
+// by row are in library_cpu_rows.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu_checks.h"
+#include "cpu_threads.h"
 #include "transkimmer/cpu_kernels.h"
 #include "transkimmer/cpu_schedule.h"
 
@@ -23,49 +22,19 @@ namespace {
 namespace cpu = transkimmer::cpu;
 using namespace cpu::checks;
 
-// ---- Memory and threads ----
-
-// Scratch memory of the calling thread, 64-byte aligned. It is kept between calls: fresh pages would cost
-// more than the work on a short sequence.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    capacity = (floats + 1023) / 1024 * 1024;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float))));
-    if (memory == nullptr) {
-      capacity = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return memory.get();
-}
-
-// Work per thread below which another thread does not pay, in bytes moved and in elements normalised (about
-// 10 us).
-constexpr int64_t kGrainBytes = 128 * 1024;
-constexpr int64_t kGrainElements = 32 * 1024;
-
-int64_t grain(int64_t work, int64_t per_row) {
-  return std::max<int64_t>(1, work / std::max<int64_t>(per_row, 1));
-}
-
-int64_t thread_count() { return torch::stable::get_num_threads(); }
+// ---- Threads ----
 
 // Each thread pulls pieces from one counter until none is left.
 template <typename Body>
 void run_pieces(const cpu::AttentionPlan& plan, int64_t scratch_floats, const Body& body) {
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, plan.threads, 1, [&](int64_t, int64_t) {
-    float* memory = scratch(scratch_floats);
+    float* memory = cpu::scratch(scratch_floats);
     for (size_t i = next++; i < plan.pieces.size(); i = next++) body(plan.pieces[i], memory);
   });
 }
 
-// ---- Compaction and row movement ----
+// ---- Compaction ----
 
 std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, const Tensor& cu_seqlens,
                                    bool keep_first) {
@@ -80,38 +49,6 @@ std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, cons
                static_cast<int32_t*>(new_slots.mutable_data_ptr()),
                static_cast<int32_t*>(new_cu_seqlens.mutable_data_ptr()));
   return {new_slots, new_cu_seqlens};
-}
-
-Tensor gather_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens) {
-  const RowShape shape = check_rows(x, slots.numel());
-  const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", slots.numel());
-  const int32_t* index = check_slots(slots, "slots", s.count, x.size(0));
-  Tensor y = torch::stable::new_empty(x, shape.sizes);
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  auto* to = static_cast<char*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, s.count, grain(kGrainBytes, shape.bytes), [&](int64_t begin, int64_t end) {
-    cpu::gather_rows(from, index, shape.bytes, begin, end, to);
-  });
-  return y;
-}
-
-Tensor scatter_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens, int64_t num_rows) {
-  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, "num_rows is ", num_rows,
-                  "; it must lie in [0, 2^31)");
-  const RowShape shape = check_rows(x, num_rows);
-  const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", x.size(0));
-  const int32_t* index = check_slots(slots, "slots", s.count, num_rows);
-  // Through the inverse of the index every output row is written exactly once, zeros included.
-  auto* inverse = reinterpret_cast<int32_t*>(scratch(num_rows));
-  std::fill(inverse, inverse + num_rows, -1);
-  for (int64_t i = 0; i < s.count; ++i) inverse[index[i]] = static_cast<int32_t>(i);
-  Tensor y = torch::stable::new_empty(x, shape.sizes);
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  auto* to = static_cast<char*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, num_rows, grain(kGrainBytes, shape.bytes), [&](int64_t begin, int64_t end) {
-    cpu::scatter_rows(from, inverse, shape.bytes, begin, end, to);
-  });
-  return y;
 }
 
 // ---- Ragged attention ----
@@ -179,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(const Tensor& q, const Tenso
 
   // A head's importance is summed by one owner, in one order.
   const cpu::AttentionPlan plan =
-      cpu::plan_attention(shape, thread_count(), /*split_queries=*/!return_importance);
+      cpu::plan_attention(shape, torch::stable::get_num_threads(), /*split_queries=*/!return_importance);
   const cpu::Kernels& kernels = cpu::kernels();
   const auto forward = kernels.attention_forward[static_cast<int>(in.dtype)];
   run_pieces(plan,
@@ -229,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
       grad_v.mutable_data_ptr(),
       with_keep ? static_cast<float*>(grad_keep.mutable_data_ptr()) : nullptr};
 
-  const cpu::AttentionPlan plan = cpu::plan_attention(shape, thread_count(), /*split_queries=*/false);
+  const cpu::AttentionPlan plan =
+      cpu::plan_attention(shape, torch::stable::get_num_threads(), /*split_queries=*/false);
   const cpu::Kernels& kernels = cpu::kernels();
   const auto backward = kernels.attention_backward[static_cast<int>(in.dtype)];
   run_pieces(plan, kernels.attention_backward_scratch(shape, plan.max_keys),
@@ -240,114 +178,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
   return {grad_q, grad_k, grad_v, with_keep ? sum_heads(grad_keep, shape) : grad_keep};
 }
 
-// ---- LayerNorm and what surrounds it ----
-
-template <typename Body>
-void for_rows(int64_t count, int64_t dim, const Body& body) {
-  torch::stable::parallel_for(0, count, grain(kGrainElements, dim), [&](int64_t begin, int64_t end) {
-    body(begin, end, scratch(cpu::kernels().norm_scratch(dim)));
-  });
-}
-
-Tensor layer_norm_rows(const Tensor& x, const std::optional<Tensor>& slots, const Tensor& cu_seqlens,
-                       const Tensor& weight, const Tensor& bias, double eps) {
-  const cpu::DType dtype = check_float(x, "x");
-  check_matrix(x, "x", x);
-  const int64_t capacity = slots.has_value() ? slots->numel() : x.size(0);
-  const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", capacity);
-  Tensor y = torch::stable::new_empty(x, {capacity, x.size(1)});
-  cpu::NormArgs args{};
-  args.dim = x.size(1);
-  args.eps = static_cast<float>(eps);
-  args.weight = check_vector(weight, "weight", x);
-  args.bias = check_vector(bias, "bias", x);
-  args.x = x.const_data_ptr();
-  args.x_index = check_slots(slots, "slots", s.count, x.size(0));
-  args.out = y.mutable_data_ptr();
-  const auto norm = cpu::kernels().norm_rows[static_cast<int>(dtype)];
-  for_rows(s.count, args.dim,
-           [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
-  return y;
-}
-
-void add_layer_norm_(const Tensor& out, const std::optional<Tensor>& out_slots, const Tensor& x,
-                     const Tensor& residual, const std::optional<Tensor>& residual_slots,
-                     const Tensor& weight, const Tensor& bias, double eps, const Tensor& cu_seqlens) {
-  const cpu::DType dtype = check_float(x, "x");
-  cpu::NormArgs args{};
-  args.x = check_matrix(x, "x", x);
-  args.residual = check_matrix(residual, "residual", x);
-  check_matrix(out, "out", x);
-  args.out = out.mutable_data_ptr();
-  const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", x.size(0));
-  args.dim = x.size(1);
-  args.eps = static_cast<float>(eps);
-  args.weight = check_vector(weight, "weight", x);
-  args.bias = check_vector(bias, "bias", x);
-  args.residual_index = check_slots(residual_slots, "residual_slots", s.count, residual.size(0));
-  args.out_index = check_slots(out_slots, "out_slots", s.count, out.size(0));
-  const auto norm = cpu::kernels().norm_rows[static_cast<int>(dtype)];
-  for_rows(s.count, args.dim,
-           [&](int64_t begin, int64_t end, float* memory) { norm(args, begin, end, memory); });
-}
-
-Tensor layer_norm_gelu_dot(const Tensor& x, const Tensor& cu_seqlens, const Tensor& norm_weight,
-                           const Tensor& norm_bias, double eps, const Tensor& out_weight,
-                           const Tensor& out_bias) {
-  const cpu::DType dtype = check_float(x, "x");
-  cpu::GeluDotArgs args{};
-  args.norm.x = check_matrix(x, "x", x);
-  const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", x.size(0));
-  args.norm.dim = x.size(1);
-  args.norm.eps = static_cast<float>(eps);
-  args.norm.weight = check_vector(norm_weight, "norm_weight", x);
-  args.norm.bias = check_vector(norm_bias, "norm_bias", x);
-  args.out_weight = check_vector(out_weight, "out_weight", x);
-  check_dense(out_bias, "out_bias", 1, x.scalar_type());
-  check_length(out_bias, "out_bias", 1);
-  if (dtype == cpu::DType::kFloat32) {
-    args.out_bias = *static_cast<const float*>(out_bias.const_data_ptr());
-  } else {
-    args.out_bias = *static_cast<const torch::headeronly::BFloat16*>(out_bias.const_data_ptr());
-  }
-  Tensor delta = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
-  args.delta = static_cast<float*>(delta.mutable_data_ptr());
-  const auto kernel = cpu::kernels().norm_gelu_dot[static_cast<int>(dtype)];
-  for_rows(s.count, args.norm.dim,
-           [&](int64_t begin, int64_t end, float* memory) { kernel(args, begin, end, memory); });
-  return delta;
-}
-
 std::string isa() { return cpu::kernels().isa; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(transkimmer, CPU, m) {
   m.impl("compact.cpu", TORCH_BOX(&compact));
-  m.impl("gather_rows.cpu", TORCH_BOX(&gather_rows));
-  m.impl("scatter_rows.cpu", TORCH_BOX(&scatter_rows));
   m.impl("ragged_attention.cpu", TORCH_BOX(&ragged_attention));
   m.impl("ragged_attention_backward.cpu", TORCH_BOX(&ragged_attention_backward));
 }
 
-STABLE_TORCH_LIBRARY(transkimmer_cpu, m) {
-  m.def(
-      "layer_norm_rows(Tensor x, Tensor? slots, Tensor cu_seqlens, Tensor weight, Tensor bias, float eps) -> "
-      "Tensor");
-  m.def(
-      "layer_norm_gelu_dot(Tensor x, Tensor cu_seqlens, Tensor norm_weight, Tensor norm_bias, float eps, "
-      "Tensor out_weight, Tensor out_bias) -> Tensor");
-  m.def(
-      "add_layer_norm_(Tensor(a!) out, Tensor? out_slots, Tensor x, Tensor residual, Tensor? residual_slots, "
-      "Tensor weight, Tensor bias, float eps, Tensor cu_seqlens) -> ()");
-  m.def("isa() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(transkimmer_cpu, CPU, m) {
-  m.impl("layer_norm_rows", TORCH_BOX(&layer_norm_rows));
-  m.impl("layer_norm_gelu_dot", TORCH_BOX(&layer_norm_gelu_dot));
-  m.impl("add_layer_norm_", TORCH_BOX(&add_layer_norm_));
-}
+STABLE_TORCH_LIBRARY(transkimmer_cpu, m) { m.def("isa() -> str"); }
 
 // isa() has no tensor to be dispatched by.
 STABLE_TORCH_LIBRARY_IMPL(transkimmer_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

@@ -102,7 +102,8 @@ def implement_natively(name: str, backend: str) -> None:
         kernel = f"{NAMESPACE}::{name}.{backend}"
         if (reason := loaded()) is not None:
             return reason
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, backend.upper()):
+        keys = (backend.upper(), "CompositeExplicitAutograd")
+        if not any(torch._C._dispatch_has_kernel_for_dispatch_key(kernel, key) for key in keys):
             return f"{native.status()[backend].path.name} has no kernel for it: rebuild the package"
         return None
 

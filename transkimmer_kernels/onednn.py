@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN compiles a kernel per row count (about 0.5 ms): row counts are rounded up to this, so that they recur.
+# oneDNN compiles a kernel per row count (about 0.5 ms): row counts are rounded up to this, so that they recur. The native
+# products round up to the same (csrc/library_cpu_rows.cpp).
 ROW_MULTIPLE = 8
 # Row count the packed layout is chosen for; from 16 to 880 rows it is as fast as a layout of their own (packing.py).
 _TYPICAL_ROWS = 256
@@ -30,7 +30,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight [out, in] in oneDNN's own layout, or as it is where that is not to be had; `linear` takes both."""
+    """A weight [out, in] in oneDNN's own layout, or as it is where that is not to be had.
+
+    The native operators take both.
+    """
     if weight.device.type != "cpu" or not can_pack(weight.dtype) or weight.numel() == 0:
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _TYPICAL_ROWS)
@@ -38,29 +41,3 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 def round_up_rows(count: int, capacity: int) -> int:
     return min(capacity, -(-count // ROW_MULTIPLE) * ROW_MULTIPLE)
-
-
-def multiplied_rows(cu_seqlens: Tensor, capacity: int) -> int:
-    """How many rows a product computes: the valid ones, and a few behind them that nobody reads."""
-    return round_up_rows(int(cu_seqlens[-1]), capacity)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, rows: int) -> Tensor:
-    """activation(x[:rows] @ weight^T + bias) as [x.size(0), out]; the rows behind `rows` stay unwritten.
-
-    x: [capacity, in]; weight: [out, in], packed or not; activation: "none" or "gelu" (exact).
-    """
-    dense = x if rows == x.size(0) else x[:rows]
-    if rows and weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(dense, weight, bias, activation, [], "none")
-    elif weight.is_mkldnn:
-        y = x.new_empty((0, weight.size(0)))
-    else:
-        y = F.linear(dense, weight, bias)
-        if activation == "gelu":
-            y = F.gelu(y)
-    if rows == x.size(0):
-        return y
-    full = y.new_empty((x.size(0), y.size(1)))
-    full[:rows] = y
-    return full

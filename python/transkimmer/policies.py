@@ -47,24 +47,24 @@ class SchedulePolicy:
     ) -> None:
         self.predictors = predictors
         self.kernels = kernels
-        last = torch.full((batch.hidden.size(0),), -1, device=batch.slots.device)
-        lengths = batch.cu_seqlens.diff().long()
+        rows = batch.hidden.size(0)
+        # By slot: how many layers work on the token; one spare row.
+        self.depth = torch.zeros(rows + 1, dtype=torch.int16, device=batch.slots.device)
+        if batch.batch == 0:
+            return
         token = torch.arange(batch.capacity, device=batch.slots.device)
-        sequence = torch.bucketize(token, batch.cu_seqlens[1:].long(), right=True).clamp(max=max(batch.batch - 1, 0))
-        length = lengths[sequence] if batch.batch else torch.ones_like(token)
-        rank = _spread_rank(token - batch.cu_seqlens[:-1].long()[sequence], length) if batch.batch else token
-        depth = torch.zeros_like(token)  # how many layers work on the token
-        for ratio in ratios:
-            depth += rank < scheduled_count(length, ratio)
-        valid = token < batch.cu_seqlens[-1]
-        # Entries behind the list are garbage: they are sent to a row of their own.
-        target = torch.where(valid, batch.slots.long(), last.numel())
-        self.depth = torch.cat([last, last.new_zeros(1)]).scatter_(0, target, depth)  # by slot, one spare
+        sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True)
+        # Entries behind the list are garbage: they belong to no sequence, and go to the spare row.
+        target = torch.where(sequence < batch.batch, batch.slots, rows).long()
+        sequence.clamp_(max=batch.batch - 1)
+        lengths = batch.cu_seqlens.diff()
+        depths = _depth_table(tuple(ratios), int(lengths.max())).to(token.device)
+        position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
+        self.depth.scatter_(0, target, depths[lengths[sequence], position])
 
     def __call__(self, layer: int, batch: Ragged) -> Tensor:
         self.predictors[layer].logit(batch, self.kernels)
-        slots = batch.slots.long().clamp(0, self.depth.numel() - 1)
-        return self.depth[slots] > layer
+        return self.depth.index_select(0, batch.slots.clamp(0, self.depth.numel() - 1)) > layer
 
 
 def scheduled_count(length: Tensor, ratio: float) -> Tensor:
@@ -72,22 +72,22 @@ def scheduled_count(length: Tensor, ratio: float) -> Tensor:
     return (length * ratio).round().long().clamp(min=1)
 
 
-def _spread_rank(position: Tensor, length: Tensor) -> Tensor:
-    """A rank of each position (int64, below `length`) such that any number of first ranks is spread over the sequence.
+@functools.lru_cache(maxsize=16)
+def _depth_table(ratios: tuple[float, ...], longest: int) -> Tensor:
+    """int16 [longest + 1, longest or 1]: entry [n, p] is how many layers work on position p of a sequence of n tokens.
 
-    Positions are ranked by the fractional part of their multiple of the golden ratio; position 0 comes first.
+    Positions are ranked by the fractional part of their multiple of the golden ratio, so that any number of first
+    ranks is spread evenly over the sequence; position 0 comes first.
     """
-    longest = int(length.max()) if length.numel() else 0
-    return _rank_table(longest).to(position.device)[length, position.clamp(0, max(longest - 1, 0))]
-
-
-@functools.lru_cache(maxsize=4)
-def _rank_table(longest: int) -> Tensor:
-    """int64 [longest + 1, longest]: entry [n, p] is the rank of position p among the first n positions."""
     golden = (math.sqrt(5) - 1) / 2
     key = torch.arange(max(longest, 1), dtype=torch.float64).mul(golden).remainder(1)
-    before = (key[:, None] < key[None, :]).long().cumsum(0)  # [n - 1, p]
-    return torch.cat([torch.zeros_like(before[:1]), before])
+    before = (key[:, None] < key[None, :]).long().cumsum(0)  # [n - 1, p], the rank of p among the first n positions
+    rank = torch.cat([torch.zeros_like(before[:1]), before])[: longest + 1]
+    length = torch.arange(longest + 1)
+    depth = torch.zeros_like(rank)
+    for ratio in ratios:
+        depth += rank < scheduled_count(length, ratio)[:, None]
+    return depth.short()
 
 
 def logistic_noise(like: Tensor) -> Tensor:

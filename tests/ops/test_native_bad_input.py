@@ -37,44 +37,10 @@ DENSE_BREAKS: dict[str, Break] = {
 }
 
 
-def _helpers() -> dict[str, Kwargs]:
-    """Arguments of the operators of the native library that only the Python composition calls."""
-    source = Source(torch.float32)
-    batch = source.batch(LENGTHS)
-    norm = {"weight": source.normal(16), "bias": source.normal(16), "eps": 1e-5}
-    x = source.rows(batch.count, batch.capacity, 16)
-    return {
-        "layer_norm_rows": {
-            "x": source.normal(batch.rows, 16),
-            "slots": batch.slots,
-            "cu_seqlens": batch.cu_seqlens,
-            **norm,
-        },
-        "layer_norm_gelu_dot": {
-            "x": x,
-            "cu_seqlens": batch.cu_seqlens,
-            "norm_weight": norm["weight"],
-            "norm_bias": norm["bias"],
-            "eps": 1e-5,
-            "out_weight": source.normal(16),
-            "out_bias": source.normal(1),
-        },
-        "add_layer_norm_": {
-            "out": source.normal(batch.rows, 16),
-            "out_slots": batch.slots,
-            "x": x,
-            "residual": source.normal(batch.rows, 16),
-            "residual_slots": batch.slots.clone(),
-            **norm,
-            "cu_seqlens": batch.cu_seqlens,
-        },
-    }
-
-
 def _breaks_of(operator: str, name: str, x: Tensor) -> dict[str, Break]:
     if name in OFFSETS:
         return {how: lambda _, broken=broken: broken for how, (broken, _) in OFFSET_BREAKS.items()}
-    if name in LISTS or name == "out_slots":
+    if name in LISTS:
         # compact moves slots without looking at them.
         harmless = ("negative", "far-away") if operator == "compact" else ()
         return {how: change for how, change in LIST_BREAKS.items() if how not in harmless}
@@ -84,8 +50,6 @@ def _breaks_of(operator: str, name: str, x: Tensor) -> dict[str, Break]:
         return {how: DENSE_BREAKS[how] for how in ("short", "scalar")}
     if operator == "scatter_rows":
         return {how: DENSE_BREAKS[how] for how in ("short", "two-dimensions-more", "scalar")}
-    if name in ("bias", "fc_bias") and operator in SPECS:  # a matrix product broadcasts a scalar
-        return {how: change for how, change in DENSE_BREAKS.items() if how != "scalar"}
     return DENSE_BREAKS
 
 
@@ -93,7 +57,7 @@ def _bad_arguments() -> Iterator[Any]:
     tables = {
         operator: getattr(cases, operator)(Source(torch.float32), LENGTHS, **CASES[operator]) for operator in CASES
     }
-    for operator, kwargs in (tables | _helpers()).items():
+    for operator, kwargs in tables.items():
         for name, x in kwargs.items():
             if isinstance(x, Tensor):
                 for how in _breaks_of(operator, name, x):
@@ -102,8 +66,6 @@ def _bad_arguments() -> Iterator[Any]:
 
 def _raw(operator: str) -> tuple[Any, Kwargs]:
     """The overload of `operator` and good raw arguments by name."""
-    if operator not in SPECS:
-        return getattr(torch.ops.transkimmer_cpu, operator).default, _helpers()[operator]
     kwargs = getattr(cases, operator)(Source(torch.float32), LENGTHS, **CASES[operator])
     with CPU.only(operator) as ran:
         SPECS[operator].function(**clone(kwargs), kernels="cpu")
@@ -120,7 +82,7 @@ def _refused(overload: Any, arguments: Kwargs) -> None:
 
 @pytest.mark.parametrize(("operator", "name", "how"), list(_bad_arguments()))
 def test_bad_argument(operator: str, name: str, how: str) -> None:
-    CPU.require(operator if operator in SPECS else "compact")
+    CPU.require(operator)
     overload, arguments = _raw(operator)
     change = _breaks_of(operator, name, arguments[name])[how]
     _refused(overload, {**arguments, name: change(arguments[name])})
