@@ -188,7 +188,10 @@ STABLE_TORCH_LIBRARY_IMPL(transkimmer, CPU, m) {
   m.impl("ragged_attention_backward.cpu", TORCH_BOX(&ragged_attention_backward));
 }
 
-STABLE_TORCH_LIBRARY(transkimmer_cpu, m) { m.def("isa() -> str"); }
+STABLE_TORCH_LIBRARY(transkimmer_cpu, m) {
+  m.def("isa() -> str");
+  m.def("takes_packed_weights() -> bool");  // library_cpu_rows.cpp
+}
 
 // isa() has no tensor to be dispatched by.
 STABLE_TORCH_LIBRARY_IMPL(transkimmer_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

@@ -1,0 +1,191 @@
+"""Native CPU operators against the best plain-PyTorch way to the same result, on BERT-base shapes and real lengths.
+
+    python benchmarks/cpu_kernels.py [--dtype bf16] [--json FILE]
+
+A native kernel stays only where it wins here. Contenders take turns; times are medians of the repeats, and a ratio above
+1 means that ours is faster. Between two timed calls a buffer larger than the caches is read, as the weights of a product
+are in a model; `hot` leaves that out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transkimmer.bench.command import DTYPES, environment, write_whole
+from transkimmer.bench.workload import known_lengths
+
+from transkimmer_kernels import kernel_set
+
+WIDTH, HEADS = 768, 12
+BATCH = 16
+KEPT = (1.0, 0.5, 0.15)
+CACHE_BYTES = 96 * 2**20
+
+
+@dataclass
+class Case:
+    """A ragged batch of MRPC lengths of which every sequence keeps `kept` of its tokens."""
+
+    kept: float
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        full = torch.tensor(known_lengths()["mrpc"][:BATCH])
+        self.rows = int(full.sum())
+        self.lengths = (full * self.kept).round().long().clamp(min=1)
+        self.cu_seqlens = torch.cat([torch.zeros(1), self.lengths.cumsum(0)]).int()
+        self.tokens = int(self.cu_seqlens[-1])
+        starts = full.cumsum(0) - full
+        self.slots = torch.cat([s + torch.arange(n) for s, n in zip(starts, self.lengths, strict=True)]).int()
+        self.hidden = self.normal(self.rows, WIDTH)
+        self.x = self.normal(self.tokens, WIDTH)
+        self.weight = self.normal(WIDTH, WIDTH) * 0.02
+        self.norm = torch.ones(WIDTH, dtype=self.dtype), torch.zeros(WIDTH, dtype=self.dtype)
+        self.kernels = kernel_set("cpu", "cpu", self.dtype)
+        self.packed = self.kernels.pack_weight(self.weight)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape).to(self.dtype)
+
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def attention(c: Case) -> Pair:
+    qkv = c.normal(c.tokens, 3, HEADS, WIDTH // HEADS)
+    q, k, v = qkv.unbind(1)
+    longest, lengths = int(c.lengths.max()), c.lengths.tolist()
+
+    def ours() -> Any:
+        return c.kernels.ragged_attention(
+            q, k, v, c.cu_seqlens, c.cu_seqlens, longest, longest, (WIDTH // HEADS) ** -0.5, None, False
+        )
+
+    def plain() -> Tensor:
+        parts = []
+        for part in qkv.split(lengths):
+            heads = (x.transpose(0, 1).unsqueeze(0) for x in part.unbind(1))  # [1, H, n, D]
+            parts.append(F.scaled_dot_product_attention(*heads).squeeze(0).transpose(0, 1))
+        return torch.cat(parts)
+
+    return ours, plain
+
+
+def gather(c: Case) -> Pair:
+    return (
+        lambda: c.kernels.gather_rows(c.hidden, c.slots, c.cu_seqlens),
+        lambda: c.hidden.index_select(0, c.slots),
+    )
+
+
+def scatter(c: Case) -> Pair:
+    index = c.slots.long()
+    return (
+        lambda: c.kernels.scatter_rows(c.x, c.slots, c.cu_seqlens, c.rows),
+        lambda: c.x.new_zeros(c.rows, WIDTH).index_copy_(0, index, c.x),
+    )
+
+
+def compact(c: Case) -> Pair:
+    keep = torch.rand(c.tokens) < 0.8
+    sequence = torch.repeat_interleave(torch.arange(BATCH), c.lengths)
+
+    def plain() -> tuple[Tensor, Tensor]:
+        counts = torch.zeros(BATCH + 1, dtype=torch.int64).index_add_(0, sequence + 1, keep.long())
+        return c.slots[keep], counts.cumsum(0, dtype=torch.int32)
+
+    return lambda: c.kernels.compact(keep, c.slots, c.cu_seqlens, False), plain
+
+
+def linear_norm(c: Case) -> Pair:
+    """The end of a layer: product, residual, LayerNorm, scatter. Both sides multiply packed weights."""
+    index = c.slots.long()
+    bias = c.normal(WIDTH)
+
+    def plain() -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(c.x, c.packed, bias, "none", [], "none")
+        return c.hidden.index_copy_(0, index, F.layer_norm(y + c.x, (WIDTH,), *c.norm, 1e-12))
+
+    def ours() -> None:
+        c.kernels.ragged_linear_norm_(c.hidden, c.slots, c.x, c.packed, bias, c.x, *c.norm, 1e-12, c.cu_seqlens)
+
+    return ours, plain
+
+
+def skim_logit(c: Case) -> Pair:
+    bias, out, out_bias = c.normal(WIDTH), c.normal(WIDTH), c.normal(1)
+
+    def plain() -> Tensor:
+        x = F.layer_norm(c.hidden.index_select(0, c.slots), (WIDTH,), *c.norm, 1e-5)
+        y = torch.ops.mkldnn._linear_pointwise(x, c.packed, bias, "none", [], "none")
+        return F.gelu(F.layer_norm(y, (WIDTH,), *c.norm, 1e-5)) @ out + out_bias
+
+    def ours() -> Tensor:
+        return c.kernels.skim_logit(
+            c.hidden, c.slots, c.cu_seqlens, *c.norm, c.packed, bias, *c.norm, out, out_bias, 1e-5
+        )
+
+    return ours, plain
+
+
+OPERATORS: dict[str, Callable[[Case], Pair]] = {
+    "ragged_attention": attention,
+    "gather_rows": gather,
+    "scatter_rows": scatter,
+    "compact": compact,
+    "ragged_linear_norm_": linear_norm,
+    "skim_logit": skim_logit,
+}
+
+
+def seconds(runs: Pair, repeats: int, flush: Tensor | None) -> list[list[float]]:
+    """Times of each contender, taken in turn; the first three rounds compile and warm up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 3):
+        for run, taken in zip(runs, times, strict=True):
+            if flush is not None:
+                flush.sum()
+            start = time.perf_counter()
+            run()
+            if repeat >= 3:
+                taken.append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--repeats", type=int, default=51)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    flush = torch.zeros(CACHE_BYTES // 4)
+    rows = []
+    for kept in KEPT:
+        case = Case(kept, DTYPES[arguments.dtype])
+        for name, make in OPERATORS.items():
+            row: dict[str, Any] = {"name": name, "dtype": arguments.dtype, "tokens": case.tokens}
+            for state, buffer in (("hot", None), ("cold", flush)):
+                ours, plain = (statistics.median(taken) for taken in seconds(make(case), arguments.repeats, buffer))
+                row[state] = {"ours_us": round(ours * 1e6, 1), "plain_us": round(plain * 1e6, 1)}
+                row[state]["ratio"] = round(plain / ours, 2)
+            rows.append(row)
+            print(row)
+    if arguments.json is not None:
+        document = {"title": "Native CPU operators against plain PyTorch", "environment": environment(), "rows": rows}
+        write_whole(arguments.json, json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
