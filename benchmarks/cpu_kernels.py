@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_kernels.py [--dtype bf16] [--json FILE]
 
-A native kernel stays only where it wins here. Contenders take turns; times are medians of the repeats, and a ratio above
-1 means that ours is faster. Between two timed calls a buffer larger than the caches is read, as the weights of a product
+A native kernel stays only where it wins here. Contenders take turns; times are medians of the repeats, a ratio above
+1 means that ours is faster. Between two timed calls a buffer larger than the caches is read, as a product's weights
 are in a model; `hot` leaves that out.
 """
 

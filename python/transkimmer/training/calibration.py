@@ -1,0 +1,60 @@
+"""Moves a trained model along its accuracy-speed curve to a wanted FLOPs speedup, without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..predictor import KEEP, SKIM
+from ..skimming import skimming_of
+from .evaluation import evaluate_classifier
+
+# Shifts of the keep-minus-skim logit that are tried: multiples of the step, up to the largest either way.
+STEP, LARGEST = 0.05, 4.0
+
+
+def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], flops_speedup: float) -> float:
+    """Shifts the last bias of every predictor, by one amount, so that `batches` are read at `flops_speedup` or above.
+
+    Decisions stay an argmax. A draw in training and an argmax at inference keep different shares of the tokens, so the
+    speedup that a skim weight leads to is only roughly known beforehand.
+
+    Args:
+        model: with trained predictors; its `SkimConfig` must decide by threshold. Changed in place.
+        batches: held-out data, with `labels`, which the choice does not depend on.
+        flops_speedup: as `SkimEvaluation` counts it.
+
+    Returns:
+        What was added to the keep-minus-skim logits.
+
+    Raises:
+        ValueError: the largest shift does not reach `flops_speedup`; the model is then unchanged.
+    """
+    skimming = skimming_of(model)
+    threshold, start = skimming.config.threshold, skimming.config.logit_threshold
+
+    def speedup(raised: int) -> float:
+        """With the threshold raised by `raised` steps, which skims more."""
+        skimming.config.threshold = 1 / (1 + math.exp(-(start + raised * STEP)))
+        return evaluate_classifier(model, batches).flops_speedup
+
+    low, high = -round(LARGEST / STEP), round(LARGEST / STEP)
+    try:
+        if (most := speedup(high)) < flops_speedup:
+            raise ValueError(f"flops_speedup={flops_speedup}: skims to {most:.2f} at most; train with more skim weight")
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if speedup(middle) >= flops_speedup else (middle + 1, high)
+    finally:
+        skimming.config.threshold = threshold
+    shift = -high * STEP
+    with torch.no_grad():
+        for predictor in skimming.predictors:
+            bias: Tensor = predictor.out.bias
+            bias[KEEP] += shift / 2
+            bias[SKIM] -= shift / 2
+    return shift
