@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
-from transkimmer.training import SkimTrainer, SkimTrainingArguments, evaluate_classifier
+from transkimmer.training import SkimTrainer, SkimTrainingArguments, calibrate, evaluate_classifier
 
 from .tiny import ARCHITECTURES, padded_inputs, relative_error, tiny, undecided_predictors
 
@@ -157,6 +158,32 @@ def test_training_learns_what_to_skim(tmp_path: Path) -> None:
     assert result.tokens_kept < 0.6
     assert result.flops_speedup > 1.4
     assert result.tokens_kept_by_layer == sorted(result.tokens_kept_by_layer, reverse=True)
+
+
+def test_calibration_reaches_the_wanted_speedup() -> None:
+    model = add_skimming(tiny("bert", "sequence")).eval()
+    undecided_predictors(model)
+    batches = [{**padded_inputs(), "labels": LABELS}]
+    before = evaluate_classifier(model, batches)
+    wanted = before.flops_speedup * 1.15
+    shift = calibrate(model, batches, wanted)
+    assert shift < 0
+    assert model.skimming.config.threshold == 0.5  # the decision is still the argmax
+    after = evaluate_classifier(model, batches)
+    assert after.flops_speedup >= wanted
+    assert after.tokens_kept < before.tokens_kept
+    # One step back skims too little.
+    model.skimming.config.threshold = 1 / (1 + math.exp(0.06))
+    assert evaluate_classifier(model, batches).flops_speedup < wanted
+
+
+def test_calibration_that_cannot_reach_its_goal_changes_nothing() -> None:
+    model = add_skimming(tiny("bert", "sequence")).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"flops_speedup=1000: skims to .* at most"):
+        calibrate(model, [{**padded_inputs(), "labels": LABELS}], 1000)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.skimming.config.threshold == 0.5
 
 
 def test_trainer_refuses_what_it_cannot_train(tmp_path: Path) -> None:
