@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..config import SkimConfig
 from ..skimming import CONFIG_KEY, add_skimming
@@ -44,7 +47,8 @@ def load_demo(
     backbone = backbone_folder()
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder / WEIGHTS}: no such file; make it with: transkimmer train-demo")
-    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=len(CLASS_NAMES))
+    with _quiet():  # it would report the classifier as new, which is loaded next
+        model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=len(CLASS_NAMES))
     add_skimming(model, SkimConfig.from_dict(stored_figures(folder)[CONFIG_KEY]), kernels=kernels)
     tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -52,6 +56,16 @@ def load_demo(
     if missing or unexpected:
         raise ValueError(f"{folder / WEIGHTS}: does not fit the model: missing {missing}, unexpected {unexpected}")
     return model.to(dtype).eval(), AutoTokenizer.from_pretrained(backbone)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def stored_figures(folder: Path = FOLDER) -> dict[str, Any]:
