@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..predictor import KEEP, SKIM
+from ..predictor import KEEP, SKIM, SkimPredictor
 from ..skimming import skimming_of
 from .evaluation import evaluate_classifier
 
@@ -53,8 +54,8 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
         skimming.config.threshold = threshold
     shift = -high * STEP
     with torch.no_grad():
-        for predictor in skimming.predictors:
-            bias: Tensor = predictor.out.bias
-            bias[KEEP] += shift / 2
-            bias[SKIM] -= shift / 2
+        for module in skimming.predictors:
+            predictor = cast(SkimPredictor, module)
+            predictor.out.bias[KEEP] += shift / 2
+            predictor.out.bias[SKIM] -= shift / 2
     return shift
