@@ -19,7 +19,7 @@ add_library(transkimmer_cpu_kernels STATIC ${cpu_kernels})
 target_include_directories(transkimmer_cpu_kernels PUBLIC csrc/include)
 transkimmer_warnings(transkimmer_cpu_kernels)
 
-add_library(transkimmer_cpu SHARED csrc/library_cpu.cpp csrc/library_cpu_rows.cpp)
+add_library(transkimmer_cpu SHARED csrc/library_cpu.cpp csrc/library_cpu_rows.cpp csrc/library_cpu_fused.cpp)
 transkimmer_warnings(transkimmer_cpu)
 target_link_libraries(transkimmer_cpu PRIVATE torch_stable transkimmer_cpu_kernels)
 install(TARGETS transkimmer_cpu LIBRARY DESTINATION .)

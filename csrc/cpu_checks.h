@@ -44,6 +44,13 @@ inline DType check_float(const Tensor& t, const char* name) {
   return dtype == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
 }
 
+// Whether it is the GELU.
+inline bool check_activation(const std::string& activation) {
+  STD_TORCH_CHECK(activation == "none" || activation == "gelu", "activation is '", activation,
+                  "'; it must be 'none' or 'gelu'");
+  return activation == "gelu";
+}
+
 struct Sequences {
   const int32_t* offsets;
   int64_t batch, count;  // count = offsets[batch], the number of valid rows

@@ -1,38 +1,25 @@
 // Registration of the CPU kernels with PyTorch through its stable ABI: checks, output tensors and threads.
 // What the operators compute is documented with their schemas in transkimmer_kernels/ops. Those that go row
-// by row are in library_cpu_rows.cpp.
+// by row are in library_cpu_rows.cpp, those made of several others in library_cpu_fused.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu_attention.h"
 #include "cpu_checks.h"
-#include "cpu_threads.h"
+#include "cpu_norms.h"
 #include "transkimmer/cpu_kernels.h"
-#include "transkimmer/cpu_schedule.h"
 
 namespace {
 
 namespace cpu = transkimmer::cpu;
 using namespace cpu::checks;
-
-// ---- Threads ----
-
-// Each thread pulls pieces from one counter until none is left.
-template <typename Body>
-void run_pieces(const cpu::AttentionPlan& plan, int64_t scratch_floats, const Body& body) {
-  std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, plan.threads, 1, [&](int64_t, int64_t) {
-    float* memory = cpu::scratch(scratch_floats);
-    for (size_t i = next++; i < plan.pieces.size(); i = next++) body(plan.pieces[i], memory);
-  });
-}
 
 // ---- Compaction ----
 
@@ -114,24 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention(const Tensor& q, const Tenso
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (return_importance) args.importance = static_cast<float*>(importance.mutable_data_ptr());
 
-  // A head's importance is summed by one owner, in one order.
-  const cpu::AttentionPlan plan =
-      cpu::plan_attention(shape, torch::stable::get_num_threads(), /*split_queries=*/!return_importance);
-  const cpu::Kernels& kernels = cpu::kernels();
-  const auto forward = kernels.attention_forward[static_cast<int>(in.dtype)];
-  run_pieces(plan,
-             kernels.attention_forward_scratch(shape, plan.max_queries, plan.max_keys, return_importance),
-             [&](const cpu::AttentionPiece& piece, float* memory) { forward(args, piece, memory); });
+  cpu::attend(args, in.dtype);
   return {out, lse, return_importance ? sum_heads(importance, shape) : importance};
-}
-
-// The rows beyond the valid ones of a gradient that is otherwise written by the kernel.
-void zero_tail(const Tensor& grad, int64_t count) {
-  const int64_t capacity = grad.size(0);
-  if (count == capacity) return;
-  const int64_t row_bytes = grad.numel() / capacity * static_cast<int64_t>(grad.element_size());
-  auto* data = static_cast<char*>(grad.mutable_data_ptr());
-  std::fill(data + count * row_bytes, data + capacity * row_bytes, char{0});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
@@ -170,11 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_backward(
       cpu::plan_attention(shape, torch::stable::get_num_threads(), /*split_queries=*/false);
   const cpu::Kernels& kernels = cpu::kernels();
   const auto backward = kernels.attention_backward[static_cast<int>(in.dtype)];
-  run_pieces(plan, kernels.attention_backward_scratch(shape, plan.max_keys),
-             [&](const cpu::AttentionPiece& piece, float* memory) { backward(args, piece, memory); });
-  zero_tail(grad_q, shape.cu_seqlens_q[shape.batch]);
-  zero_tail(grad_k, shape.cu_seqlens_k[shape.batch]);
-  zero_tail(grad_v, shape.cu_seqlens_k[shape.batch]);
+  cpu::run_pieces(plan, kernels.attention_backward_scratch(shape, plan.max_keys),
+                  [&](const cpu::AttentionPiece& piece, float* memory) { backward(args, piece, memory); });
+  cpu::zero_tail(grad_q, shape.cu_seqlens_q[shape.batch]);
+  cpu::zero_tail(grad_k, shape.cu_seqlens_k[shape.batch]);
+  cpu::zero_tail(grad_v, shape.cu_seqlens_k[shape.batch]);
   return {grad_q, grad_k, grad_v, with_keep ? sum_heads(grad_keep, shape) : grad_keep};
 }
 

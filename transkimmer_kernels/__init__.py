@@ -6,6 +6,7 @@ Knows tensors and nothing of Hugging Face. `python -m transkimmer_kernels.env` r
 from . import native
 from .ops import (
     compact,
+    encoder_layer_,
     gather_rows,
     ragged_attention,
     ragged_linear,
@@ -13,6 +14,7 @@ from .ops import (
     ragged_linear_norm_,
     scatter_rows,
     skim_logit,
+    skim_tokens,
 )
 from .ragged import Ragged
 from .registry import KERNELS, BackendUnavailable, KernelSet, kernel_set
@@ -25,6 +27,7 @@ __all__ = [
     "KernelSet",
     "Ragged",
     "compact",
+    "encoder_layer_",
     "gather_rows",
     "kernel_set",
     "ragged_attention",
@@ -33,4 +36,5 @@ __all__ = [
     "ragged_linear_norm_",
     "scatter_rows",
     "skim_logit",
+    "skim_tokens",
 ]

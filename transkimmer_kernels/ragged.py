@@ -78,14 +78,3 @@ class Ragged:
     def keep(self, keep: Tensor, kernels: KernelSet, *, keep_first: bool = True) -> None:
         """Shortens the list to the tokens whose `keep` (bool [capacity], by list position) is true."""
         self.slots, self.cu_seqlens = kernels.compact(keep, self.slots, self.cu_seqlens, keep_first)
-
-    def first_tokens(self) -> tuple[Tensor, Tensor]:
-        """(slots int32 [batch], cu_seqlens) of each sequence's first surviving token; an empty sequence has none."""
-        lengths = self.cu_seqlens.diff()
-        cu_first = torch.zeros_like(self.cu_seqlens)
-        cu_first[1:] = (lengths > 0).cumsum(0, dtype=torch.int32)
-        # Non-empty sequences move to the front of the list; a sequence that ends nowhere is written behind it.
-        start = self.cu_seqlens[:-1].clamp(max=max(self.capacity - 1, 0)).long()
-        first = self.slots[start] if self.capacity else self.slots.new_zeros(self.batch)
-        target = torch.where(lengths > 0, cu_first[:-1], self.batch).long()
-        return first.new_zeros(self.batch + 1).scatter_(0, target, first)[: self.batch].clone(), cu_first

@@ -109,7 +109,7 @@ void finish_query(const ForwardHead<T>& h, int64_t i, const float* acc, const fl
                   float sum) {
   const float inverse = sum > 0.0f ? 1.0f / sum : (sum == 0.0f ? 0.0f : sum);  // a NaN must come through
   unpack_row(acc, h.dim, inverse, h.out + i * h.out_stride);
-  h.lse[i] = sum == 0.0f ? -INFINITY : kLn2 * max + logf(sum);
+  if (h.lse != nullptr) h.lse[i] = sum == 0.0f ? -INFINITY : kLn2 * max + logf(sum);
   if (h.importance != nullptr) add_scaled_row(h.importance, weights, h.keys, inverse);
 }
 
@@ -259,7 +259,7 @@ void attention_forward(const AttentionForwardArgs& args, const AttentionPiece& p
     h.k = static_cast<const T*>(args.k.data) + k0 * args.k.row_stride + head * args.k.head_stride;
     h.v = static_cast<const T*>(args.v.data) + k0 * args.v.row_stride + head * args.v.head_stride;
     h.out = static_cast<T*>(args.out) + q0 * h.out_stride + head * h.dim;
-    h.lse = args.lse + head * shape.capacity_q + q0;
+    h.lse = args.lse == nullptr ? nullptr : args.lse + head * shape.capacity_q + q0;
     h.importance = args.importance == nullptr ? nullptr : args.importance + head * shape.capacity_k + k0;
     for (int64_t j = 0; h.importance != nullptr && j < h.keys; ++j) h.importance[j] = 0.0f;
     if (h.queries <= kUnpackedQueries || h.keys == 0) {

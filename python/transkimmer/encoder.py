@@ -118,7 +118,6 @@ class SkimmingEncoder(nn.Module):
                     self.skim_model_config.num_attention_heads,
                     kernels,
                     policy=policy,
-                    first_token_only=self.skim_first_token_only,
                     trace=trace,
                 )
             _show_first_token_in_front(batch.hidden, mask)

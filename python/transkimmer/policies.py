@@ -27,12 +27,14 @@ class PredictorPolicy:
         self.logit_threshold = logit_threshold
         self.sample = sample
 
-    def __call__(self, layer: int, batch: Ragged) -> Tensor:
-        logit = self.predictors[layer].logit(batch, self.kernels)
-        if self.sample:
-            logit = logit + logistic_noise(logit)
+    def __call__(self, layer: int, batch: Ragged) -> None:
+        predictor = self.predictors[layer]
+        if not self.sample:
+            predictor.skim(batch, self.kernels, self.logit_threshold)
+            return
+        logit = predictor.logit(batch, self.kernels)
         # Not `>=`: a token whose state is NaN stays, and shows, instead of vanishing quietly.
-        return ~(logit < self.logit_threshold)
+        batch.keep(~(logit + logistic_noise(logit) < self.logit_threshold), self.kernels)
 
 
 class SchedulePolicy:
@@ -47,24 +49,23 @@ class SchedulePolicy:
     ) -> None:
         self.predictors = predictors
         self.kernels = kernels
-        rows = batch.hidden.size(0)
-        # By slot: how many layers work on the token; one spare row.
-        self.depth = torch.zeros(rows + 1, dtype=torch.int16, device=batch.slots.device)
+        # By position in the list that the encoder starts with: how many layers work on the token.
+        self.depth = torch.zeros(batch.capacity, dtype=torch.int16, device=batch.slots.device)
+        self.slots, self.cu_seqlens = batch.slots, batch.cu_seqlens
         if batch.batch == 0:
             return
         token = torch.arange(batch.capacity, device=batch.slots.device)
-        sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True)
-        # Entries behind the list are garbage: they belong to no sequence, and go to the spare row.
-        target = torch.where(sequence < batch.batch, batch.slots, rows).long()
-        sequence.clamp_(max=batch.batch - 1)
+        # Entries behind the list are garbage: whatever they get is ignored.
+        sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True).clamp_(max=batch.batch - 1)
         lengths = batch.cu_seqlens.diff()
         depths = _depth_table(tuple(ratios), int(lengths.max())).to(token.device)
         position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
-        self.depth.scatter_(0, target, depths[lengths[sequence], position])
+        self.depth = depths[lengths[sequence], position]
 
-    def __call__(self, layer: int, batch: Ragged) -> Tensor:
+    def __call__(self, layer: int, batch: Ragged) -> None:
         self.predictors[layer].logit(batch, self.kernels)
-        return self.depth.index_select(0, batch.slots.clamp(0, self.depth.numel() - 1)) > layer
+        keep = self.depth > layer
+        batch.slots, batch.cu_seqlens = self.kernels.compact(keep, self.slots, self.cu_seqlens, True)
 
 
 def scheduled_count(length: Tensor, ratio: float) -> Tensor:

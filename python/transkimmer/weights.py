@@ -116,8 +116,8 @@ def _prepare_layer(
 
     a = architecture
     norm1, norm2 = get(module, a.norm1), get(module, a.norm2)
-    nothing = torch.empty(0, dtype=dtype)
-    qkv_weight, qkv_bias = (nothing, None) if split else fuse(a.query, a.key, a.value)
+    qkv_weight, qkv_bias = fuse(a.key, a.value) if split else fuse(a.query, a.key, a.value)
+    query_weight, query_bias = packed(a.query) if split else (None, None)
     out_weight, out_bias = packed(a.out)
     ffn_in_weight, ffn_in_bias = packed(a.ffn_in)
     ffn_out_weight, ffn_out_bias = packed(a.ffn_out)
@@ -125,6 +125,8 @@ def _prepare_layer(
     return LayerWeights(
         qkv_weight=qkv_weight,
         qkv_bias=qkv_bias,
+        query_weight=query_weight,
+        query_bias=query_bias,
         out_weight=out_weight,
         out_bias=out_bias,
         norm1_weight=norm1.weight.to(dtype),
@@ -138,8 +140,6 @@ def _prepare_layer(
         norm2_bias=norm2.bias.to(dtype),
         norm2_eps=norm2.eps,
         activation="gelu" if _is_exact_gelu(activation) else activation,
-        query=packed(a.query) if split else None,
-        key_value=fuse(a.key, a.value) if split else None,
     )
 
 

@@ -24,6 +24,8 @@ def random_layer(width: int, ff: int, activation: Any, dtype: torch.dtype, devic
     return LayerWeights(
         qkv_weight=qkv_weight,
         qkv_bias=qkv_bias,
+        query_weight=None,
+        query_bias=None,
         out_weight=matrix(width, width),
         out_bias=vector(width),
         norm1_weight=vector(width, 1.0),
@@ -37,15 +39,22 @@ def random_layer(width: int, ff: int, activation: Any, dtype: torch.dtype, devic
         norm2_bias=vector(width),
         norm2_eps=1e-12,
         activation=activation,
-        query=(qkv_weight[:width], qkv_bias[:width]),
-        key_value=(qkv_weight[width:], qkv_bias[width:]),
+    )
+
+
+def first_token_only(layer: LayerWeights) -> LayerWeights:
+    """The same layer, which updates the first token of each sequence only."""
+    assert layer.qkv_bias is not None
+    width = layer.out_weight.size(0)
+    query, key_value = layer.qkv_weight.split([width, 2 * width])
+    query_bias, key_value_bias = layer.qkv_bias.split([width, 2 * width])
+    return dataclasses.replace(
+        layer, qkv_weight=key_value, qkv_bias=key_value_bias, query_weight=query, query_bias=query_bias
     )
 
 
 def cast_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    floats = {
-        name: x.to(dtype) for name, x in vars(layer).items() if isinstance(x, Tensor)
-    }  # `query` and `key_value` are views that a dense layer does not use
+    floats = {name: x.to(dtype) for name, x in vars(layer).items() if isinstance(x, Tensor)}
     return dataclasses.replace(layer, **floats)
 
 

@@ -19,13 +19,14 @@ from ..ops.cases import Source
 from ..ops.closeness import assert_close_as_torch
 from ..ops.operators import PREDICTOR, single_thread
 from ..target import TARGETS, Target
-from .dense_encoder import cast_layer, dense_encoder, random_layer
+from .dense_encoder import cast_layer, dense_encoder, first_token_only, random_layer
 
 WIDTH, HEADS, FF, DEPTH = 64, 2, 128, 3
 BATCHES = {"awkward": (65, 0, 1, 130, 17), "one-token": (1, 1), "nothing": (0, 0)}
-OPERATORS = ("compact", "ragged_linear", "ragged_attention", "ragged_linear_norm", "ragged_linear_norm_")
+OPERATORS = ("compact", "encoder_layer_")
+PARTS = ("compact", "ragged_linear", "ragged_attention", "ragged_linear_norm", "ragged_linear_norm_")
 MATRICES = ("qkv_weight", "out_weight", "ffn_in_weight", "ffn_out_weight")
-runs_encoder = pytest.mark.operators(*OPERATORS)
+runs_encoder = pytest.mark.operators(*OPERATORS, *PARTS)
 
 
 class Problem:
@@ -54,25 +55,31 @@ class Problem:
             self.alive.append(kept.to(target.device))
         self.hidden, self.real = self.hidden.to(target.device), self.real.to(target.device)
 
-    def policy(self, layer: int, batch: Ragged) -> Tensor:
+    def policy(self, layer: int, batch: Ragged) -> None:
         """Drops the first token, too, which is not its to drop; garbage beyond the count asks to be kept."""
         keep = torch.ones(batch.capacity, dtype=torch.bool, device=batch.slots.device)
         listed = batch.slots[: int(batch.cu_seqlens[-1])].long()
         keep[: listed.numel()] = self.alive[layer].flatten()[listed] & (listed % self.length != 0)
-        return keep
+        batch.keep(keep, self.kernels)
 
     def packed(self, layer: LayerWeights) -> LayerWeights:
         """Matrices in the form the backend likes best, as the model layer passes them."""
         pack = self.kernels.pack_weight
         matrices = {name: pack(getattr(layer, name)) for name in MATRICES}
-        halves = {name: (pack(getattr(layer, name)[0]), getattr(layer, name)[1]) for name in ("query", "key_value")}
-        return dataclasses.replace(layer, **matrices, **halves)
+        query = None if layer.query_weight is None else pack(layer.query_weight)
+        return dataclasses.replace(layer, **matrices, query_weight=query)
 
-    def run(self, *, depth: int = DEPTH, pack: bool = False, skim: bool = True, **options: Any) -> Tensor:
+    def run(
+        self, *, depth: int = DEPTH, pack: bool = False, skim: bool = True, first_only: bool = False, **options: Any
+    ) -> Tensor:
         """[B, S, d] after `depth` layers, by this target's operators and no others."""
         hidden = self.hidden.clone()
-        layers = [self.packed(layer) if pack else layer for layer in self.layers[:depth]]
-        with self.target.only(*OPERATORS), torch.no_grad():
+        layers = self.layers[:depth]
+        if first_only:
+            layers = [*layers[:-1], first_token_only(layers[-1])]
+        layers = [self.packed(layer) if pack else layer for layer in layers]
+        operators = OPERATORS if isinstance(layers[0].activation, str) else PARTS
+        with self.target.only(*operators), torch.no_grad():
             batch = Ragged.from_padded(hidden, self.real, self.kernels)
             run_encoder(batch, layers, HEADS, self.kernels, policy=self.policy if skim else None, **options)
         return hidden
@@ -106,11 +113,14 @@ def test_equals_masked_dense_encoder(target: Target, dtype: torch.dtype, lengths
 
 @runs_encoder
 @pytest.mark.parametrize("activation", [F.relu, torch.tanh], ids=lambda function: function.__name__)
-def test_any_activation(target: Target, activation: Any) -> None:
+@pytest.mark.parametrize("first_only", [False, True])
+def test_any_activation(target: Target, activation: Any, first_only: bool) -> None:
+    """Composed of the single operators."""
     problem = Problem(target, BATCHES["awkward"], torch.float32, activation=activation)
-    real = problem.real
-    truth, yardstick = (problem.dense(d)[real] for d in (torch.float64, torch.float32))
-    assert_close_as_torch(problem.run()[real], truth, yardstick)
+    seen = problem.real.clone()
+    seen[:, 1:] &= not first_only
+    truth, yardstick = (problem.dense(d)[seen] for d in (torch.float64, torch.float32))
+    assert_close_as_torch(problem.run(first_only=first_only)[seen], truth, yardstick)
 
 
 @runs_encoder
@@ -133,7 +143,7 @@ def test_skimmed_rows_are_untouched_bit_for_bit(target: Target, dtype: torch.dty
 def test_first_token_only_is_exact(target: Target, dtype: torch.dtype, lengths: str) -> None:
     """The first tokens are as close to the oracle as in a full run; all others keep the state of the layer before."""
     problem = Problem(target, BATCHES[lengths], dtype)
-    actual = problem.run(first_token_only=True, pack=True)
+    actual = problem.run(first_only=True, pack=True)
     first = torch.zeros_like(problem.real)
     first[:, 0] = problem.real[:, 0]
     truth, yardstick = (problem.dense(d)[first] for d in (torch.float64, dtype))
@@ -182,12 +192,16 @@ def test_one_layer_several_times(target: Target) -> None:
     assert_close_as_torch(problem.run(pack=True)[real], truth, yardstick)
 
 
-@pytest.mark.operators("skim_logit")
+@pytest.mark.operators("skim_logit", "skim_tokens")
 def test_predictor_passes_its_weights_in_order(target: Target) -> None:
     kwargs = cases.skim_logit(Source(torch.float32, target.device), (5, 1), width=16, inner=8)
     weights = PredictorWeights(**{name: kwargs[name] for name in PREDICTOR}, eps=1e-3)
     batch = Ragged(kwargs["hidden"], kwargs["slots"], kwargs["cu_seqlens"], 5)
     expected = tk.skim_logit(**kwargs, eps=1e-3, kernels=target.backend)
-    actual = weights.logit(batch, kernel_set(target.backend, target.device))
-    assert torch.equal(actual[:6], expected[:6])
+    kernels = kernel_set(target.backend, target.device)
+    assert torch.equal(weights.logit(batch, kernels)[:6], expected[:6])
     assert expected[:6].isfinite().all()
+    threshold = float(expected[:6].median())
+    weights.skim(batch, kernels, threshold)
+    keep = [i in (0, 5) or bool(expected[i] >= threshold) for i in range(6)]
+    assert batch.slots[: int(batch.cu_seqlens[-1])].tolist() == kwargs["slots"][:6][torch.tensor(keep)].tolist()

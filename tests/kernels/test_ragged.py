@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transkimmer_kernels import KernelSet, Ragged, kernel_set
+from transkimmer_kernels.ops.encoder_layer.compose import first_tokens
 
 from ..ops.cases import offsets
 from ..target import Target
@@ -107,7 +108,7 @@ def test_first_tokens_and_keep(kernels: KernelSet, data: st.DataObject, lengths:
         expected = [[s for i, s in enumerate(row) if next(flat) or (keep_first and i == 0)] for row in expected]
         batch.keep(torch.tensor(keep, dtype=torch.bool, device=batch.slots.device), kernels, keep_first=keep_first)
         assert listed(batch) == expected
-    first, cu_first = batch.first_tokens()
+    first, cu_first = first_tokens(batch.slots, batch.cu_seqlens)
     assert first.dtype == cu_first.dtype == torch.int32
     assert first.shape == (len(lengths),)
     assert first[: int(cu_first[-1])].tolist() == [row[0] for row in expected if row]

@@ -151,6 +151,47 @@ def skim_logit(source: Source, lengths: Sequence[int], *, width: int, inner: int
     }
 
 
+def skim_tokens(source: Source, lengths: Sequence[int], *, width: int, inner: int, keep_first: bool) -> Kwargs:
+    """Thresholded where about half of the tokens go."""
+    weights = skim_logit(source, lengths, width=width, inner=inner)
+    return {**weights, "logit_threshold": 3.0, "keep_first": keep_first}
+
+
+def encoder_layer_(
+    source: Source,
+    lengths: Sequence[int],
+    *,
+    width: int,
+    heads: int,
+    ff: int,
+    first_only: bool = False,
+    bias: bool = True,
+    activation: str = "gelu",
+) -> Kwargs:
+    batch = source.batch(lengths)
+
+    def matrix(name: str, out: int, size: int) -> Kwargs:
+        weight = source.normal(out, size, scale=size**-0.5)
+        return {f"{name}_weight": weight, f"{name}_bias": source.normal(out, scale=0.2) if bias else None}
+
+    kwargs = {
+        "hidden": source.listed_rows(batch, width),
+        "slots": batch.slots,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.longest + 3,
+        "num_heads": heads,
+        **matrix("qkv", (2 if first_only else 3) * width, width),
+        **matrix("out", width, width),
+        **matrix("ffn_in", ff, width),
+        **matrix("ffn_out", width, ff),
+        "activation": activation,
+    }
+    for norm in ("norm1", "norm2"):
+        kwargs[f"{norm}_weight"] = source.normal(width, scale=0.2, shift=1.0)
+        kwargs[f"{norm}_bias"] = source.normal(width, scale=0.2)
+    return kwargs | (matrix("query", width, width) if first_only else {})
+
+
 def ragged_attention(
     source: Source,
     lengths: Sequence[int],

@@ -80,6 +80,8 @@ SPECS = {
         Spec(tk.ragged_linear, ("x", "weight", "bias")),
         Spec(tk.ragged_linear_norm, ("x", "weight", "bias", "residual", "norm_weight", "norm_bias")),
         Spec(tk.ragged_linear_norm_),
+        Spec(tk.skim_tokens, outputs=("slots", "cu_seqlens")),
+        Spec(tk.encoder_layer_),
     )
 }
 
@@ -158,4 +160,10 @@ CASES: list[Case] = [
     *_over(cases.ragged_linear_norm_, ALL, width=96, out=64),
     *_over(cases.ragged_linear_norm_, ("awkward",), width=384, out=384, bias=False),
     *_over(cases.ragged_linear_norm_, ("awkward",), width=768, out=768),
+    *_over(cases.encoder_layer_, ALL, width=64, heads=2, ff=96),
+    *_over(cases.encoder_layer_, ALL, width=64, heads=2, ff=96, first_only=True),
+    *_over(cases.encoder_layer_, ("awkward",), width=64, heads=1, ff=40, bias=False, activation="none"),
+    *_over(cases.encoder_layer_, ("tiny",), width=128, heads=4, ff=64, bias=False, first_only=True),
+    *_over(cases.encoder_layer_, ("awkward",), width=384, heads=6, ff=1536),
 ]
+# `skim_tokens` is not among them: where a decision falls within rounding of the threshold, no oracle is right.

@@ -164,17 +164,52 @@ def ragged_linear_norm_(*, hidden: Tensor, slots: Tensor, **kwargs: Any) -> Outp
     return ragged_linear_norm(**kwargs, residual_slots=None)
 
 
+def encoder_layer_(
+    *,
+    hidden: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    activation: str,
+    **w: Any,
+) -> Outputs:
+    """Only the rows that are written."""
+    width, bounds = hidden.size(1), cu_seqlens.tolist()
+    x = hidden[_listed(slots, cu_seqlens)]
+    projected = F.linear(x, qkv_weight, qkv_bias)
+    written = torch.arange(x.size(0))
+    if query_weight is not None:
+        written = torch.tensor([begin for begin, end in itertools.pairwise(bounds) if begin < end]).long()
+        projected = torch.cat([F.linear(x, query_weight, query_bias), projected], 1)
+    q, k, v = (part.unflatten(1, (num_heads, -1)) for part in projected.split(width, 1))
+    context = ragged_attention(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)[0]
+    x, context = x[written.to(x.device)], context[written.to(x.device)].flatten(1)
+    x = x + F.linear(context, w["out_weight"], w["out_bias"])
+    x = F.layer_norm(x, x.shape[1:], w["norm1_weight"], w["norm1_bias"], 1e-12)
+    inner = F.linear(x, w["ffn_in_weight"], w["ffn_in_bias"])
+    inner = F.gelu(inner) if activation == "gelu" else inner
+    x = x + F.linear(inner, w["ffn_out_weight"], w["ffn_out_bias"])
+    return (F.layer_norm(x, x.shape[1:], w["norm2_weight"], w["norm2_bias"], 1e-12),)
+
+
 def valid(operator: str, kwargs: dict[str, Any], outputs: Any) -> Outputs:
     """The part of an operator's outputs that its contract defines."""
     if operator == "ragged_attention":
         out, lse, importance = outputs
         count_q, count_k = int(kwargs["cu_seqlens_q"][-1]), int(kwargs["cu_seqlens_k"][-1])
         return out[:count_q], lse[:, :count_q], importance[:count_k]
-    if operator == "compact":
+    if operator in ("compact", "skim_tokens"):
         slots, cu_seqlens = outputs
         return slots[: int(cu_seqlens[-1])], cu_seqlens
     if operator == "scatter_rows":
         return (outputs,)
-    if operator == "ragged_linear_norm_":
-        return (outputs[_listed(kwargs["slots"], kwargs["cu_seqlens"])],)
+    if operator in ("ragged_linear_norm_", "encoder_layer_"):
+        listed, starts = _listed(kwargs["slots"], kwargs["cu_seqlens"]), kwargs["cu_seqlens"][:-1].long()
+        if kwargs.get("query_weight") is not None:
+            listed = listed[starts[kwargs["cu_seqlens"].diff() > 0]]
+        return (outputs[listed],)
     return (outputs[: int(kwargs["cu_seqlens"][-1])],)

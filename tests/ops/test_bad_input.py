@@ -27,6 +27,8 @@ CASES: dict[str, Kwargs] = {
     "ragged_linear": {"width": 16, "out": 8},
     "ragged_linear_norm": {"width": 16, "out": 8},
     "ragged_linear_norm_": {"width": 16, "out": 8},
+    "skim_tokens": {"width": 16, "inner": 8, "keep_first": True},
+    "encoder_layer_": {"width": 16, "heads": 2, "ff": 24},
 }
 LISTS = ("slots", "residual_slots")
 OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
@@ -118,6 +120,7 @@ MEASURES = {
     "skim_logit": ("hidden", "fc_bias"),
 }
 MEASURES |= {"ragged_linear_norm_": ("x", "weight"), "ragged_attention": ("q",)}
+MEASURES |= {"skim_tokens": MEASURES["skim_logit"], "encoder_layer_": ("hidden", "ffn_in_weight")}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,12 @@ def test_list_on_another_device(target: Target, operator: str) -> None:
         ("scatter_rows", {"num_rows": -1}, "^num_rows: must not be negative, got -1"),
         ("scatter_rows", {"num_rows": 2}, r"^slots: must lie in \[0, 2\)"),
         ("ragged_linear", {"activation": "relu"}, "^activation: must be one of .*, got 'relu'"),
+        ("encoder_layer_", {"activation": "relu"}, "^activation: must be one of .*, got 'relu'"),
+        ("encoder_layer_", {"num_heads": 3}, "^num_heads: must divide the width of hidden, 16, got 3"),
+        ("encoder_layer_", {"num_heads": 0}, "^num_heads: must divide the width of hidden, 16, got 0"),
+        ("encoder_layer_", {"max_seqlen": 2}, "^max_seqlen: must be at least the longest sequence, 3, got 2"),
+        ("encoder_layer_", {"query_bias": torch.zeros(16)}, "^query_bias: needs query_weight, which is None"),
+        ("encoder_layer_", {"query_weight": torch.zeros(16, 16)}, r"^qkv_weight: expected shape \[32, 16\], got"),
         ("ragged_attention", {"max_seqlen_q": 2}, "^max_seqlen_q: must be at least the longest sequence, 3, got 2"),
         ("ragged_attention", {"max_seqlen_k": 0}, "^max_seqlen_k: must be at least the longest sequence, 3, got 0"),
         ("ragged_attention", {"cu_seqlens_k": _ints(0, 5)}, "^cu_seqlens_k: expected 4 entries .*, got 2"),
@@ -161,10 +170,11 @@ def test_bad_value(target: Target, operator: str, change: Kwargs, message: str) 
     _refused(target, operator, {**_kwargs(operator), **change}, message)
 
 
-def test_written_tensor_must_be_contiguous(target: Target) -> None:
-    kwargs = _kwargs("ragged_linear_norm_")
+@pytest.mark.parametrize("operator", ["ragged_linear_norm_", "encoder_layer_"])
+def test_written_tensor_must_be_contiguous(target: Target, operator: str) -> None:
+    kwargs = _kwargs(operator)
     kwargs["hidden"] = kwargs["hidden"].T.contiguous().T
-    _refused(target, "ragged_linear_norm_", kwargs, "^hidden: is written in place and must be contiguous")
+    _refused(target, operator, kwargs, "^hidden: is written in place and must be contiguous")
 
 
 @pytest.mark.parametrize("operator", CASES)

@@ -29,6 +29,11 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     ],
     "ragged_linear_norm": [{"width": 32, "out": 40}, {"width": 32, "out": 40, "gather": False, "bias": False}],
     "ragged_linear_norm_": [{"width": 32, "out": 40}],
+    "skim_tokens": [{"width": 32, "inner": 16, "keep_first": True}],
+    "encoder_layer_": [
+        {"width": 32, "heads": 2, "ff": 40},
+        {"width": 32, "heads": 1, "ff": 40, "bias": False, "first_only": True},
+    ],
 }
 CASES = [(name, options) for name, variants in ARGUMENTS.items() for options in variants]
 LENGTHS = (3, 0, 5, 1)

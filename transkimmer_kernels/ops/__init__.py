@@ -2,16 +2,21 @@
 
 from ..library import load_operators
 
-load_operators(__name__, ("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear"))
+load_operators(
+    __name__, ("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear", "skim_tokens", "encoder_layer")
+)
 
 from .compact import compact  # noqa: E402
+from .encoder_layer import encoder_layer_  # noqa: E402
 from .ragged_attention import ragged_attention  # noqa: E402
 from .ragged_linear import ragged_linear, ragged_linear_norm, ragged_linear_norm_  # noqa: E402
 from .rows import gather_rows, scatter_rows  # noqa: E402
 from .skim_logit import skim_logit  # noqa: E402
+from .skim_tokens import skim_tokens  # noqa: E402
 
 __all__ = [
     "compact",
+    "encoder_layer_",
     "gather_rows",
     "ragged_attention",
     "ragged_linear",
@@ -19,4 +24,5 @@ __all__ = [
     "ragged_linear_norm_",
     "scatter_rows",
     "skim_logit",
+    "skim_tokens",
 ]

@@ -68,6 +68,12 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int, device: torch
     require(count <= capacity, f"{name}: its last entry, {count} tokens, exceeds the capacity of {capacity} rows")
 
 
+def check_max_seqlen(name: str, bound: int, cu_seqlens: Tensor) -> None:
+    """`bound` is at least the longest sequence (looked at on CPU only)."""
+    longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and cu_seqlens.numel() > 1 else 0
+    require(bound >= longest, f"{name}: must be at least the longest sequence, {longest}, got {bound}")
+
+
 def check_slots(name: str, slots: Tensor, cu_seqlens: Tensor, rows: int) -> None:
     """`slots`: int32 [capacity]; the first `cu_seqlens[-1]` of them must lie in [0, rows) (looked at on CPU only)."""
     check_tensor(name, slots, dim=1, dtype=torch.int32, device=cu_seqlens.device)

@@ -29,7 +29,7 @@ struct AttentionForwardArgs {
   HeadView q, k, v;
   const float* keep;  // [capacity_k] or null
   void* out;          // [capacity_q, heads, head_dim]
-  float* lse;         // [heads, capacity_q]
+  float* lse;         // [heads, capacity_q] or null
   float* importance;  // [heads, capacity_k], summed over heads by the caller, or null
 };
 

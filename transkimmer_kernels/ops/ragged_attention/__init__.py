@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...library import OPERATORS, define
 from ...registry import select
-from ..checks import FLOATS, check_cu_seqlens, check_tensor, require
+from ..checks import FLOATS, check_cu_seqlens, check_max_seqlen, check_tensor, require
 
 
 def _fake(
@@ -145,12 +145,8 @@ def ragged_attention(
         cu_seqlens_q.numel() == cu_seqlens_k.numel(),
         f"cu_seqlens_k: expected {cu_seqlens_q.numel()} entries like cu_seqlens_q, got {cu_seqlens_k.numel()}",
     )
-    for name, bound, offsets in (
-        ("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
-        ("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
-    ):
-        longest = int(offsets.diff().max()) if offsets.device.type == "cpu" and offsets.numel() > 1 else 0
-        require(bound >= longest, f"{name}: must be at least the longest sequence, {longest}, got {bound}")
+    check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     if keep is not None:
         check_tensor("keep", keep, dtype=statistics_dtype(q), device=q.device, shape=(k.size(0),))
         keep = keep.contiguous()

@@ -98,13 +98,18 @@ def skim_logit(
         fp32 [capacity] by list position; undefined at and beyond the token count. keep iff logit >= log(t / (1 - t))
         for a threshold t on the keep probability.
     """
+    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+    check_predictor(hidden, slots, cu_seqlens, weights)
+    run = select("skim_logit", kernels, hidden.device, hidden.dtype)
+    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps)
+
+
+def check_predictor(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...]) -> None:
+    """The arguments of `skim_logit`; `weights` in the order of `WEIGHTS`."""
     check_tensor("hidden", hidden, dim=2, dtype=FLOATS)
     check_tensor("slots", slots, device=hidden.device)
     check_slots("slots", slots, cu_seqlens, hidden.size(0))
-    width, inner = hidden.size(1), fc_bias.numel()
+    width, inner = hidden.size(1), weights[WEIGHTS.index("fc_bias")].numel()
     shapes = ((width,), (width,), (inner, width), (inner,), (inner,), (inner,), (inner,), (1,))
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
     for name, weight, shape in zip(WEIGHTS, weights, shapes, strict=True):
         check_tensor(name, weight, dtype=hidden.dtype, device=hidden.device, shape=shape)
-    run = select("skim_logit", kernels, hidden.device, hidden.dtype)
-    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps)
