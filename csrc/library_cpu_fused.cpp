@@ -29,6 +29,23 @@ using cpu::OptionalTensor;
 
 // ---- Skimming ----
 
+// The tokens that a predictor has to look at, by list position and slot: not the first ones, if they stay
+// anyway.
+struct Candidates {
+  std::vector<int32_t> positions, slots;
+
+  Candidates(const int32_t* all, const Sequences& s, bool keep_first) {
+    positions.reserve(s.count);
+    slots.reserve(s.count);
+    for (int64_t b = 0; b < s.batch; ++b) {
+      for (int32_t i = s.offsets[b] + (keep_first ? 1 : 0); i < s.offsets[b + 1]; ++i) {
+        positions.push_back(i);
+        slots.push_back(all[i]);
+      }
+    }
+  }
+};
+
 std::tuple<Tensor, Tensor> skim_tokens(const Tensor& hidden, const Tensor& slots, const Tensor& cu_seqlens,
                                        const Tensor& norm1_weight, const Tensor& norm1_bias,
                                        const Tensor& fc_weight, const Tensor& fc_bias,
@@ -39,20 +56,21 @@ std::tuple<Tensor, Tensor> skim_tokens(const Tensor& hidden, const Tensor& slots
   const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", slots.numel());
   const int32_t* index = check_slots(slots, "slots", s.count, hidden.size(0));
   cpu::check_weight(fc_weight, fc_bias, hidden, "fc_weight");
-  const int64_t rows = cpu::round_up_rows(s.count);
   Tensor new_slots = torch::stable::new_empty(slots, slots.sizes());
   Tensor new_cu_seqlens = torch::stable::new_empty(cu_seqlens, cu_seqlens.sizes());
-  std::vector<char> keep(rows);
-  if (s.count > 0) {
-    const Tensor x = cpu::layer_norm_listed(hidden, index, {norm1_weight, norm1_bias, eps}, s.count, rows);
-    cpu::zero_tail(x, s.count);
+  const Candidates candidates(index, s, keep_first);
+  std::vector<char> keep(s.count);
+  if (const auto count = static_cast<int64_t>(candidates.slots.size()); count > 0) {
+    const Tensor x = cpu::layer_norm_listed(hidden, candidates.slots.data(), {norm1_weight, norm1_bias, eps},
+                                            count, cpu::round_up_rows(count));
+    cpu::zero_tail(x, count);
     const Tensor y = cpu::product(x, fc_weight, fc_bias, /*gelu=*/false);  // [rows, m]
     const Tensor delta =
-        cpu::layer_norm_gelu_dot(y, {norm2_weight, norm2_bias, eps}, out_weight, out_bias, s.count);
+        cpu::layer_norm_gelu_dot(y, {norm2_weight, norm2_bias, eps}, out_weight, out_bias, count);
     const auto* logit = static_cast<const float*>(delta.const_data_ptr());
     const auto threshold = static_cast<float>(logit_threshold);
     // Not `>=`: a NaN stays.
-    for (int64_t i = 0; i < s.count; ++i) keep[i] = !(logit[i] < threshold);
+    for (int64_t i = 0; i < count; ++i) keep[candidates.positions[i]] = !(logit[i] < threshold);
   }
   static_assert(sizeof(bool) == sizeof(char));
   cpu::compact(reinterpret_cast<const bool*>(keep.data()), index, s.offsets, s.batch, keep_first,

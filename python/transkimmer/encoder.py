@@ -182,7 +182,7 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
 
     output: [batch * seq, d], changed in place; mask: [batch, seq].
     """
-    if mask is None or mask.size(1) == 0:
+    if mask is None or mask.size(1) == 0 or (mask.device.type == "cpu" and bool(mask[:, 0].all())):
         return
     front = torch.arange(mask.size(0), device=mask.device) * mask.size(1)  # [batch]
     output[front] = output[front + mask.to(torch.int8).argmax(1)]

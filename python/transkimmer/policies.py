@@ -63,7 +63,7 @@ class SchedulePolicy:
         self.depth = depths[lengths[sequence], position]
 
     def __call__(self, layer: int, batch: Ragged) -> None:
-        self.predictors[layer].logit(batch, self.kernels)
+        self.predictors[layer].skim(batch, self.kernels, 0.0)
         keep = self.depth > layer
         batch.slots, batch.cu_seqlens = self.kernels.compact(keep, self.slots, self.cu_seqlens, True)
 
