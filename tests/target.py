@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transkimmer_kernels  # noqa: F401  (defines the operators)
+from transkimmer_kernels import triton_support
 from transkimmer_kernels.library import BACKENDS, NAMESPACE, OPERATORS
-from transkimmer_kernels.registry import triton_interpreted, why_not
+from transkimmer_kernels.registry import why_not
 
 # Devices each backend serves; a backend that has none here is listed with the last one, and skipped with the reason.
 DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
@@ -105,7 +106,7 @@ class Target:
 def _targets() -> list[Target]:
     targets = []
     for backend in BACKENDS:
-        usable = {"cuda": torch.cuda.is_available(), "cpu": backend != "triton" or triton_interpreted()}
+        usable = {"cuda": torch.cuda.is_available(), "cpu": backend != "triton" or triton_support.interpreted()}
         devices = [device for device in DEVICES[backend] if usable[device]]
         targets += [Target(backend, device) for device in devices or DEVICES[backend][-1:]]
     return targets

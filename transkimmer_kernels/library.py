@@ -119,7 +119,7 @@ def load_operators(package: str, names: tuple[str, ...]) -> None:
             try:
                 importlib.import_module(module)
             except ModuleNotFoundError as error:
-                # A missing backend file is a backend that does not serve this operator; anything else that is
-                # missing (Triton, say) is that file's own business to report through `available`.
-                if error.name != module:
+                # A missing backend file is a backend that does not serve this operator; of a missing Triton the
+                # registry says so.
+                if error.name not in (module, "triton"):
                     raise

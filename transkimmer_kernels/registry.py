@@ -14,7 +14,6 @@ A choice of `kernels` is a preference list of backends, tried per operator:
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .library import BACKENDS, OPERATORS, Operator
 from .onednn import pack_weight
+from .triton_support import why_not_importable
 
 KERNELS = ("auto", *BACKENDS)
 
@@ -56,8 +56,10 @@ def check_kernels(kernels: str) -> str:
 
 def why_not(operator: Operator, backend: str) -> str | None:
     """None if `backend` serves `operator` here, else the reason why it does not."""
-    available = operator.backends.get(backend)
-    return f"no {backend} kernel for {operator.name}" if available is None else available()
+    if (available := operator.backends.get(backend)) is not None:
+        return available()
+    missing = why_not_importable() if backend == "triton" else None
+    return missing or f"no {backend} kernel for {operator.name}"
 
 
 @functools.cache
@@ -120,8 +122,3 @@ def table() -> list[tuple[str, dict[str, str]]]:
         (operator.name, {backend: why_not(operator, backend) or "available" for backend in BACKENDS})
         for operator in OPERATORS.values()
     ]
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

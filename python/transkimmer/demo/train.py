@@ -41,7 +41,8 @@ class Recipe:
     dense_learning_rate: float = 5e-5
     dense_epochs: float = 3.0
     learning_rate: float = 3e-5
-    epochs: float = 2.0
+    epochs: float = 4.0
+    min_words: int = 8  # of what the skimming model trains on: a phrase of a few words has nothing to skim
     predictor_learning_rate: float = 3e-4
     skim_weight: float = 2.5
     skim_ramp: float = 0.3
@@ -77,10 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     dense = _dense_model(train, tokenizer, recipe, arguments.work / "dense")
-    teacher_logits = _logits(dense, TokenizedSentences(train, tokenizer), tokenizer)
-    figures: dict[str, Any] = {"recipe": vars(recipe), "train_sentences": len(train)}
+    long = [sentence for sentence in train if len(sentence.text.split()) >= recipe.min_words]
+    teacher_logits = _logits(dense, TokenizedSentences(long, tokenizer), tokenizer)
+    figures: dict[str, Any] = {"recipe": vars(recipe), "train_sentences": len(train), "skim_train_sentences": len(long)}
     figures.update(_figures(dense, tokenizer, held_out, prefix="dense_"))
-    model = _train_skimming(dense, train, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
+    model = _train_skimming(dense, long, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
     figures[CONFIG_KEY] = skimming_of(model).config.to_dict()
     _save_weights(model, arguments.output)
     _write_figures(figures, arguments.output)
