@@ -45,8 +45,30 @@ def table() -> str:
         f"torch {environment['torch']}; `python benchmarks/schedules.py`.",
         "",
         *demo_lines(),
+        "",
+        *peer_lines(),
     ]
     return "\n".join(lines)
+
+
+def peer_lines() -> list[str]:
+    """Speed of every contender over our dense run, by lengths and dtype; `–` where it was not timed."""
+    files = sorted(RESULTS.glob("peers-*.json"))
+    results = {file.stem.removeprefix("peers-"): load(file.stem)["rows"] for file in files}
+    names = [
+        row["name"]
+        for row in next(iter(results.values()))
+        if any(_speed(rows, row["name"]) for rows in results.values())
+    ]
+    lines = [_line(["speed over our dense run", *results]), _line(["---"] * (len(results) + 1))]
+    for name in names:
+        speeds = (_speed(rows, name) for rows in results.values())
+        lines.append(_line([name, *(f"{speed:.2f}" if speed else "–" for speed in speeds)]))
+    return [*lines, "", "BERT-base shape, batch 16; `python benchmarks/peers.py`, with versions in its results."]
+
+
+def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((row.get("speed") for row in rows if row["name"] == name), None)
 
 
 def demo_lines() -> list[str]:
