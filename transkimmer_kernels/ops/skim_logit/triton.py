@@ -1,0 +1,278 @@
+"""`skim_logit` in Triton: LayerNorm -> Linear -> LayerNorm -> GELU -> dot, over the listed rows only.
+
+A program of `_product` owns a tile of rows times a tile of the inner columns. It reads its rows through `slots`, once
+for their statistics and once more, from cache, to normalise them on the way into the matrix product; so neither
+gathered nor normalised rows are ever written. Where one column tile holds the whole inner row (m <= 256), the second
+LayerNorm, the GELU and the dot product follow in registers, and 4 bytes per row are written. Wider predictors do not
+fit: `_product` writes the inner rows in the model's dtype (2 m bytes per row in bf16, and as many read back), and
+`_finish` takes it from there.
+
+The same kernels serve `skim_tokens`: told to, they write a decision of 1 byte instead of a logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import triton_support
+from ...library import implement
+from ...triton_support import Specialisation
+
+# Triton 3.6's interpreter multiplies the bit patterns of bf16 operands; in fp32 their product is the same.
+_WIDEN = tl.constexpr(triton_support.interpreted())
+
+
+@triton.jit
+def _row_statistics(p_row, m_row, eps, D: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr):
+    """Mean and 1 / standard deviation [BM] of rows of D elements, in one pass.
+
+    Each block of columns is centred on its own mean and merged into what came before (Chan et al., 1979): like two
+    passes, and unlike the difference of two moments, this cancels nothing.
+    """
+    b_mean = tl.zeros([BM], tl.float32)
+    b_squares = tl.zeros([BM], tl.float32)  # sum of squared distances from the mean
+    for before in range(0, D, BS):
+        o_s = before + tl.arange(0, BS)
+        m_x = m_row[:, None] & (o_s < D)[None, :]
+        b_x = tl.load(p_row[:, None] + o_s[None, :], mask=m_x, other=0).to(tl.float32)  # [BM, BS]
+        size = tl.minimum(BS, D - before)
+        b_block_mean = tl.sum(b_x, 1) / size
+        b_centred = tl.where((o_s < D)[None, :], b_x - b_block_mean[:, None], 0)
+        b_step = b_block_mean - b_mean
+        b_squares += tl.sum(b_centred * b_centred, 1) + b_step * b_step * before * size / (before + size)
+        b_mean += b_step * size / (before + size)
+    return b_mean, 1 / tl.sqrt(b_squares / D + eps)
+
+
+@triton.jit
+def _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M: tl.constexpr):
+    """The rest of the predictor [R] on whole inner rows [R, N] in fp32; parameters [N] are 0 in columns from M on."""
+    b_mean = tl.sum(tl.where(m_n[None, :], b_inner, 0), 1) / M
+    b_centred = tl.where(m_n[None, :], b_inner - b_mean[:, None], 0)
+    b_scale = 1 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / M + eps)
+    b_normed = b_centred * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
+    b_gelu = b_normed * (0.5 + 0.5 * tl.erf(b_normed * 0.7071067811865476))
+    return tl.sum(b_gelu * b_out_weight[None, :], 1) + tl.load(p_out_bias).to(tl.float32)
+
+
+@triton.jit
+def _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE: tl.constexpr):
+    """The logits, or 0 where a logit is below the threshold and 1 elsewhere: a NaN is not below, and stays."""
+    if DECIDE:
+        tl.store(p_out + o_row, tl.where(b_logit < threshold, 0, 1).to(tl.uint8), mask=m_row)
+    else:
+        tl.store(p_out + o_row, b_logit, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _product(
+    p_out,  # results [capacity] if one column tile is the whole row, else inner rows [capacity, M]
+    p_hidden,
+    p_slots,
+    p_cu_seqlens,
+    batch,
+    p_norm1_weight,
+    p_norm1_bias,
+    p_fc_weight,
+    p_fc_bias,
+    p_norm2_weight,
+    p_norm2_bias,
+    p_out_weight,
+    p_out_bias,
+    eps,
+    threshold,
+    DECIDE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """LN(hidden[slots]) @ fc^T + bias, rounded; and the rest where BN >= M. Grid: row tiles x column tiles."""
+    column_tiles: tl.constexpr = (M + BN - 1) // BN
+    # Programs that run side by side share rows: those are the larger operand.
+    first_row = (tl.program_id(0) // column_tiles).to(tl.int64) * BM
+    count = tl.load(p_cu_seqlens + batch)
+    if first_row >= count:
+        return
+    o_row = first_row + tl.arange(0, BM)  # [BM]
+    m_row = o_row < count
+    # A slot beyond the count is garbage, and neither read nor followed.
+    p_row = p_hidden + tl.load(p_slots + o_row, mask=m_row, other=0).to(tl.int64) * D
+    b_mean, b_scale = _row_statistics(p_row, m_row, eps, D, BM, BS)
+
+    o_n = tl.program_id(0) % column_tiles * BN + tl.arange(0, BN)  # [BN]
+    m_n = o_n < M
+    dtype: tl.constexpr = p_hidden.dtype.element_ty
+    b_acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        m_k = o_k < D
+        b_x = tl.load(p_row[:, None] + o_k[None, :], mask=m_row[:, None] & m_k[None, :], other=0).to(tl.float32)
+        b_weight = tl.load(p_norm1_weight + o_k, mask=m_k, other=0).to(tl.float32)
+        b_bias = tl.load(p_norm1_bias + o_k, mask=m_k, other=0).to(tl.float32)
+        b_x = (b_x - b_mean[:, None]) * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]  # [BM, BK]
+        p_fc = p_fc_weight + o_n[None, :] * D + o_k[:, None]
+        b_fc = tl.load(p_fc, mask=m_k[:, None] & m_n[None, :], other=0)  # [BK, BN]
+        b_x = b_x.to(dtype)
+        if _WIDEN:
+            b_x, b_fc = b_x.to(tl.float32), b_fc.to(tl.float32)
+        b_acc = tl.dot(b_x, b_fc, b_acc, input_precision="ieee")
+
+    b_inner = (b_acc + tl.load(p_fc_bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]).to(dtype)
+    if column_tiles == 1:
+        b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
+        b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
+        b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
+        b_logit = _logit(b_inner.to(tl.float32), m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
+        _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
+    else:
+        tl.store(p_out + o_row[:, None] * M + o_n[None, :], b_inner, mask=m_row[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _finish(
+    p_out,
+    p_inner,
+    p_cu_seqlens,
+    batch,
+    p_norm2_weight,
+    p_norm2_bias,
+    p_out_weight,
+    p_out_bias,
+    eps,
+    threshold,
+    DECIDE: tl.constexpr,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """From inner rows [capacity, M] to results; a row lies in one tile, BN >= M."""
+    first_row = tl.program_id(0).to(tl.int64) * BM
+    count = tl.load(p_cu_seqlens + batch)
+    if first_row >= count:
+        return
+    o_row = first_row + tl.arange(0, BM)  # [BM]
+    m_row = o_row < count
+    o_n = tl.arange(0, BN)
+    m_n = o_n < M
+    p_tile = p_inner + o_row[:, None] * M + o_n[None, :]
+    b_inner = tl.load(p_tile, mask=m_row[:, None] & m_n[None, :], other=0).to(tl.float32)  # [BM, BN]
+    b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
+    b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
+    b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
+    b_logit = _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
+    _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
+
+
+class _Config(NamedTuple):
+    """Constants and options of one launch."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def _product_config(dtype: torch.dtype, width: int, inner: int, decide: bool) -> _Config:
+    if dtype == torch.float32:  # plain multiply-adds: operands live in registers, so tiles are small
+        block_rows, block_columns, block_k, num_warps, num_stages = 32, 64, 16, 4, 3
+    else:
+        block_rows, block_columns, block_k, num_warps, num_stages = 64, 128, 64, 4, 3
+    # Statistics are computed once per column tile: few wide tiles, unless much of the last one would be empty.
+    if 128 < inner <= 256 or inner % 256 == 0:
+        block_columns, num_warps = 256, 8
+    block_columns = min(block_columns, max(16, triton.next_power_of_2(inner)))
+    # Statistics wait for memory and for nothing else: 64 bytes per thread are under way at a time.
+    block_statistics = min(64 // dtype.itemsize * 32 * num_warps // block_rows, triton.next_power_of_2(width))
+    tile = {"BM": block_rows, "BN": block_columns, "BK": block_k, "BS": block_statistics}
+    return _Config({"DECIDE": decide and block_columns >= inner, "D": width, "M": inner, **tile}, num_warps, num_stages)
+
+
+def _finish_config(inner: int, decide: bool) -> _Config:
+    columns = triton.next_power_of_2(inner)
+    rows = max(1, 4096 // columns)
+    return _Config({"DECIDE": decide, "M": inner, "BM": rows, "BN": columns}, num_warps=8, num_stages=2)
+
+
+def score_tokens(
+    hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...], eps: float, threshold: float | None
+) -> Tensor:
+    """fp32 [capacity] logits; with a threshold bool [capacity], whether a token's logit is not below it."""
+    capacity, decide = slots.numel(), threshold is not None
+    out = hidden.new_empty(capacity, dtype=torch.uint8 if decide else torch.float32)
+    cu_seqlens, batch = cu_seqlens.contiguous(), cu_seqlens.numel() - 1
+    weights = tuple(weight.contiguous() for weight in weights)
+    inner = weights[3].numel()
+    scalars = (eps, threshold or 0.0)
+    config = _product_config(hidden.dtype, hidden.size(1), inner, decide)
+    block_columns = config.constants["BN"]
+    fused = block_columns >= inner
+    target = out if fused else hidden.new_empty(capacity, inner)
+    if capacity == 0:
+        return out.view(torch.bool) if decide else out
+    with torch.cuda.device_of(hidden):
+        grid = (triton.cdiv(capacity, config.constants["BM"]) * triton.cdiv(inner, block_columns),)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        _product[grid](target, hidden, slots, cu_seqlens, batch, *weights, *scalars, **config.constants, **options)
+        if not fused:
+            config = _finish_config(inner, decide)
+            grid = (triton.cdiv(capacity, config.constants["BM"]),)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            _finish[grid](out, target, cu_seqlens, batch, *weights[4:], *scalars, **config.constants, **options)
+    return out.view(torch.bool) if decide else out
+
+
+@implement("skim_logit", "triton", available=triton_support.why_not)
+def skim_logit(
+    hidden: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+    return score_tokens(hidden, slots, cu_seqlens, weights, eps, None)
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Predictors of MiniLM's and BERT-base's width, fused and not, in every dtype."""
+    kinds = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    for dtype, kind in kinds.items():
+        for width, inner, decide in ((384, 192, True), (384, 384, False), (768, 768, False)):
+            config = _product_config(dtype, width, inner, decide)
+            yield _specialisation(f"product {width}->{inner} {kind}", _product, kind, config, dtype != torch.float32)
+            if config.constants["BN"] < inner:
+                yield _specialisation(f"finish {inner} {kind}", _finish, kind, _finish_config(inner, decide), False)
+
+
+def _specialisation(name: str, kernel: Any, kind: str, config: _Config, matmul: bool) -> Specialisation:
+    types = {"p_slots": "*i32", "p_cu_seqlens": "*i32", "batch": "i32", "eps": "fp32", "threshold": "fp32"}
+    if config.constants["DECIDE"]:
+        types["p_out"] = "*u8"
+    elif kernel is _finish or config.constants["BN"] >= config.constants["M"]:
+        types["p_out"] = "*fp32"
+    arguments = [argument for argument in kernel.arg_names if argument not in config.constants]
+    return Specialisation(
+        name=f"skim_logit {name}",
+        kernel=kernel,
+        signature={argument: types.get(argument, f"*{kind}") for argument in arguments},
+        constants=config.constants,
+        aligned=tuple(argument for argument in arguments if argument.startswith("p_")),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        matmul=matmul,
+    )
