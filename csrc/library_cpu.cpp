@@ -15,6 +15,9 @@
 #include "cpu_checks.h"
 #include "cpu_norms.h"
 #include "transkimmer/cpu_kernels.h"
+#include "transkimmer/interface.h"
+
+TRANSKIMMER_DESCRIBE_LIBRARY(cpu, "");
 
 namespace {
 
@@ -161,7 +164,9 @@ STABLE_TORCH_LIBRARY_IMPL(transkimmer, CPU, m) {
 
 STABLE_TORCH_LIBRARY(transkimmer_cpu, m) {
   m.def("isa() -> str");
-  m.def("takes_packed_weights() -> bool");  // library_cpu_rows.cpp
+  // Both in library_cpu_rows.cpp.
+  m.def("takes_packed_weights() -> bool");
+  m.def("pack_panels(Tensor weight) -> Tensor");
 }
 
 // isa() has no tensor to be dispatched by.

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> skim_tokens(const Tensor& hidden, const Tensor& slots
     const Tensor x = cpu::layer_norm_listed(hidden, candidates.slots.data(), {norm1_weight, norm1_bias, eps},
                                             count, cpu::round_up_rows(count));
     cpu::zero_tail(x, count);
-    const Tensor y = cpu::product(x, fc_weight, fc_bias, /*gelu=*/false);  // [rows, m]
+    const Tensor y = cpu::product(x, fc_weight, fc_bias, /*gelu=*/false, count);  // [rows, m]
     const Tensor delta =
         cpu::layer_norm_gelu_dot(y, {norm2_weight, norm2_bias, eps}, out_weight, out_bias, count);
     const auto* logit = static_cast<const float*>(delta.const_data_ptr());
@@ -160,7 +160,7 @@ void encoder_layer_(const Tensor& hidden, const Tensor& slots, const Tensor& cu_
   if (s.count == 0) return;
 
   const Rows keys = gathered(hidden, index, s.offsets, s.count);
-  const Tensor qkv = cpu::product(keys.x, qkv_weight, qkv_bias, /*gelu=*/false);
+  const Tensor qkv = cpu::product(keys.x, qkv_weight, qkv_bias, /*gelu=*/false, keys.count);
   std::optional<FirstTokens> first;
   Rows queries = keys;
   Tensor query = qkv;
@@ -168,7 +168,7 @@ void encoder_layer_(const Tensor& hidden, const Tensor& slots, const Tensor& cu_
     first.emplace(index, s);
     queries = gathered(hidden, first->slots.data(), first->offsets.data(),
                        static_cast<int64_t>(first->slots.size()));
-    query = cpu::product(queries.x, *query_weight, query_bias, /*gelu=*/false);
+    query = cpu::product(queries.x, *query_weight, query_bias, /*gelu=*/false, queries.count);
   }
   const int64_t key_column = first_only ? 0 : width;
   const Tensor context =
@@ -176,11 +176,11 @@ void encoder_layer_(const Tensor& hidden, const Tensor& slots, const Tensor& cu_
                 heads_from(qkv, key_column + width, head_dim), s.batch, num_heads);
 
   const int64_t count = queries.count;
-  const Tensor x = cpu::product(context, out_weight, out_bias, /*gelu=*/false);
+  const Tensor x = cpu::product(context, out_weight, out_bias, /*gelu=*/false, count);
   cpu::add_layer_norm_(x, nullptr, x, queries.x, nullptr, {norm1_weight, norm1_bias, norm1_eps}, count);
-  const Tensor inner = cpu::product(x, ffn_in_weight, ffn_in_bias, gelu);
+  const Tensor inner = cpu::product(x, ffn_in_weight, ffn_in_bias, gelu, count);
   check_projection(ffn_out_weight, ffn_out_bias, inner, width, "ffn_out_weight");
-  const Tensor y = cpu::product(inner, ffn_out_weight, ffn_out_bias, /*gelu=*/false);
+  const Tensor y = cpu::product(inner, ffn_out_weight, ffn_out_bias, /*gelu=*/false, count);
   cpu::add_layer_norm_(hidden, queries.slots, y, x, nullptr, {norm2_weight, norm2_bias, norm2_eps}, count);
 }
 

@@ -109,4 +109,5 @@ STABLE_TORCH_LIBRARY_IMPL(transkimmer, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(transkimmer_cpu, CompositeExplicitAutograd, m) {
   m.impl("takes_packed_weights", TORCH_BOX(&cpu::takes_packed_weights));
+  m.impl("pack_panels", TORCH_BOX(&cpu::pack_panels));
 }

@@ -1,8 +1,4 @@
-"""Matrix products on the CPU: oneDNN with weights packed once, through the operators PyTorch's own compiler uses.
-
-Packing matters most where skimming leaves few rows: an unpacked product re-lays the whole weight out at every call, a
-cost that does not shrink with the tokens. `benchmarks/packing.py` measures it.
-"""
+"""Matrix products by oneDNN on weights packed once, through the operators PyTorch's own compiler uses."""
 
 from __future__ import annotations
 
@@ -32,13 +28,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight [out, in] in oneDNN's own layout, or as it is where that is not to be had.
-
-    The native operators take both.
-    """
-    if weight.device.type != "cpu" or not can_pack(weight.dtype) or weight.numel() == 0:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _TYPICAL_ROWS)
+    """A contiguous weight [out, in] in oneDNN's own layout, where `can_pack`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
 
 def round_up_rows(count: int, capacity: int) -> int:

@@ -6,6 +6,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "norm.h"
+#include "product.h"
 
 #define TRANSKIMMER_STRING_(x) #x
 #define TRANSKIMMER_STRING(x) TRANSKIMMER_STRING_(x)
@@ -23,6 +24,10 @@ const Kernels table = {
     norm_scratch,
     {norm_rows<float>, norm_rows<bf16>},
     {norm_gelu_dot<float>, norm_gelu_dot<bf16>},
+    kProductColumns,
+    {pack_panels<float>, pack_panels<bf16>},
+    {product_scratch<float>, product_scratch<bf16>},
+    {product<float>, product<bf16>},
 };
 
 }  // namespace transkimmer::cpu::TRANSKIMMER_ISA

@@ -170,6 +170,82 @@ void check_norm(int64_t dim) {
   check_close(result, delta, 1e-5 * std::sqrt(static_cast<double>(dim)), "delta", 0);
 }
 
+struct Panels {
+  Panels(const std::vector<float>& weight, int64_t out, int64_t in)
+      : memory(cpu::kernels().product_panels(out) * cpu::kernels().product_columns * in) {
+    const cpu::Kernels& k = cpu::kernels();
+    k.pack_panels[0](weight.data(), out, in, 0, k.product_panels(out), memory.data);
+  }
+  Scratch memory;
+};
+
+// y [rows, out], by as many threads as there are panels.
+std::vector<float> multiply(const cpu::Kernels& k, cpu::ProductArgs args) {
+  std::vector<float> y(args.rows * args.out + 1, 7.0f);
+  args.y = y.data();
+  const Scratch scratch(k.product_scratch[0](args));
+  for (int64_t p = 0; p < k.product_panels(args.out); ++p) k.product[0](args, p, p + 1, scratch.data);
+  CHECK(y.back() == 7.0f, "a product of %lld rows wrote behind its output",
+        static_cast<long long>(args.rows));
+  y.pop_back();
+  return y;
+}
+
+void check_product(int64_t rows, int64_t in, int64_t out, bool gelu) {
+  const std::vector<float> w = random_floats(out * in, 9), bias = random_floats(out, 10);
+  std::vector<float> x = random_floats(rows * in, 11);
+  const cpu::Kernels& k = cpu::kernels();
+  const Panels panels(w, out, in);
+  const cpu::ProductArgs args{rows, in, out, x.data(), panels.memory.data, bias.data(), gelu, nullptr};
+  const std::vector<float> y = multiply(k, args);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t o = 0; o < out; ++o) {
+      double z = bias[o];
+      for (int64_t d = 0; d < in; ++d) z += double{x[i * in + d]} * w[o * in + d];
+      if (gelu) z *= 0.5 * (1 + std::erf(z / std::sqrt(2.0)));
+      check_close(y[i * out + o], z, 1e-6 * std::sqrt(static_cast<double>(in)), "product", i * out + o);
+    }
+  }
+  // The same bits in one piece, and for a row whatever stands in the others and however many they are.
+  std::vector<float> whole(rows * out);
+  cpu::ProductArgs piece = args;
+  piece.y = whole.data();
+  const Scratch scratch(k.product_scratch[0](piece));
+  k.product[0](piece, 0, k.product_panels(out), scratch.data);
+  CHECK(whole == y, "%lld rows", static_cast<long long>(rows));
+  if (rows < 2) return;
+  std::fill(x.begin(), x.begin() + in, std::nanf(""));
+  std::vector<float> spoilt = multiply(k, args);
+  CHECK(std::equal(y.begin() + out, y.end(), spoilt.begin() + out), "a NaN in row 0 is seen in others");
+  CHECK(std::isnan(spoilt[0]), "a NaN got lost");
+  piece = args;
+  piece.x = x.data() + (rows - 1) * in, piece.rows = 1, piece.bias = bias.data();
+  const std::vector<float> last = multiply(k, piece);
+  CHECK(std::equal(last.begin(), last.end(), y.end() - out), "the last of %lld rows",
+        static_cast<long long>(rows));
+}
+
+void check_products() {
+  for (int64_t rows : {1, 2, 5, 7, 13, 97}) {
+    for (int64_t in : {1, 9, 256, 263, 800}) {
+      for (int64_t out : {1, 16, 33, 100}) check_product(rows, in, out, (rows + in + out) % 2 == 0);
+    }
+  }
+  check_product(200, 768, 144, true);
+  // bf16: powers of two and their sums are exact.
+  const uint16_t one = 0x3f80, half = 0x3f00, two = 0x4000, three = 0x4040;
+  const uint16_t x[] = {one, two, half, half}, weight[] = {one, one, two, half}, bias[] = {0, half};
+  uint16_t y[4];
+  const cpu::Kernels& k = cpu::kernels();
+  const Scratch panels(k.product_columns * 2);
+  k.pack_panels[1](weight, 2, 2, 0, 1, panels.data);
+  const cpu::ProductArgs args{2, 2, 2, x, panels.data, bias, false, y};
+  const Scratch scratch(k.product_scratch[1](args));
+  k.product[1](args, 0, 1, scratch.data);
+  CHECK(y[0] == three && y[1] == 0x4060 && y[2] == one && y[3] == 0x3fe0, "%04x %04x %04x %04x", y[0], y[1],
+        y[2], y[3]);
+}
+
 // The widening and rounding of bf16, by normalising a row of 1 and -1, whose normal form is itself.
 void check_bf16() {
   const uint16_t one = 0x3f80, minus_one = 0xbf80, weight[2] = {0x4049, 0x3f81}, bias[2] = {0x3c00, 0x3c00};
@@ -219,6 +295,7 @@ int main() {
   check_plan();
   for (int64_t dim : {2, 31, 64, 384, 1000}) check_norm(dim);
   check_bf16();
+  check_products();
   check_rows();
   std::puts("ok");
   return 0;

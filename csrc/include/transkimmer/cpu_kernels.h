@@ -69,6 +69,16 @@ struct GeluDotArgs {
   float* delta;
 };
 
+// y = activation(x weight^T + bias) on dense rows, with the weight [out, in] packed into panels.
+struct ProductArgs {
+  int64_t rows, in, out;
+  const void* x;       // [rows, in]
+  const void* panels;  // [product_panels(out), in, product_columns], of x's type
+  const void* bias;    // [out] or null
+  bool gelu;
+  void* y;  // [rows, out]
+};
+
 // Kernels of one instruction set; [2] is indexed by DType. `scratch` is 64-byte aligned and private to the
 // thread.
 struct Kernels {
@@ -83,6 +93,14 @@ struct Kernels {
   int64_t (*norm_scratch)(int64_t dim);
   void (*norm_rows[2])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
   void (*norm_gelu_dot[2])(const GeluDotArgs&, int64_t begin, int64_t end, float* scratch);
+  int64_t product_columns;  // output columns per panel
+  void (*pack_panels[2])(const void* weight, int64_t out, int64_t in, int64_t begin, int64_t end,
+                         void* panels);
+  int64_t (*product_scratch[2])(const ProductArgs&);
+  // Panels [begin, end) of the output.
+  void (*product[2])(const ProductArgs&, int64_t begin, int64_t end, float* scratch);
+
+  int64_t product_panels(int64_t out) const { return (out + product_columns - 1) / product_columns; }
 };
 
 // The table for this machine, chosen at the first call; the environment variable TRANSKIMMER_CPU_ISA

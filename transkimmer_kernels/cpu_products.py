@@ -1,0 +1,61 @@
+"""Matrix products on the CPU: which form a weight is packed into, once, and so which kernel multiplies with it.
+
+* `panels`: our own kernel (csrc/cpu/product.h), whose rate hardly depends on the row count;
+* `onednn`: oneDNN, on its own layout (`onednn.py`);
+* `plain`: PyTorch, on the matrix as it is.
+
+The native operators take all three and tell them apart; `benchmarks/packing.py` measured which is best where. Packing
+matters most where skimming leaves few rows: a product on a plain matrix re-lays all of it out at every call, a cost
+that does not shrink with the tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from . import onednn
+
+FORMS = ("panels", "onednn", "plain")
+# Takes the place of the measured choice, to measure another one; a form that a machine lacks gives way to the next.
+_OVERRIDE = "TRANSKIMMER_CPU_PRODUCTS"
+# (instruction set of our kernels, dtype) -> forms in order of preference. bf16 goes to oneDNN where the processor
+# multiplies it natively, which is the only case in which oneDNN packs it. What is not listed has not been measured.
+_UNMEASURED = ("onednn", "plain")
+_PREFERENCES = {
+    ("avx2", torch.float32): ("panels",),
+    ("avx2", torch.bfloat16): ("onednn", "panels"),
+    ("avx512", torch.bfloat16): ("onednn", "panels"),
+}
+
+
+def _offers(form: str, dtype: torch.dtype) -> bool:
+    if form == "onednn":
+        return onednn.can_pack(dtype)
+    return form == "plain" or dtype in (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def choose_form(dtype: torch.dtype) -> str:
+    """The form of a weight of `dtype` here: the best measured one, or what TRANSKIMMER_CPU_PRODUCTS names."""
+    override = os.environ.get(_OVERRIDE, "")
+    if override and override not in FORMS:
+        raise ValueError(f"{_OVERRIDE}={override!r}: must be one of {', '.join(FORMS)}")
+    isa = torch.ops.transkimmer_cpu.isa()
+    preferred = (override,) if override else ()
+    forms = (*preferred, *_PREFERENCES.get((isa, dtype), _UNMEASURED), "plain")
+    return next(form for form in forms if _offers(form, dtype))
+
+
+def pack_weight(weight: Tensor, form: str | None = None) -> Tensor:
+    """A weight [out, in] in `form`, by default the best one here; as it is on other devices, or where it is empty."""
+    if weight.device.type != "cpu" or weight.numel() == 0:
+        return weight
+    form = choose_form(weight.dtype) if form is None else form
+    if form == "plain":
+        return weight
+    weight = weight.detach().contiguous()
+    return onednn.pack_weight(weight) if form == "onednn" else torch.ops.transkimmer_cpu.pack_panels(weight)
