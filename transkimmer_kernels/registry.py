@@ -9,19 +9,22 @@ A choice of `kernels` is a preference list of backends, tried per operator:
 | `triton`    | triton             | triton                    |
 | `cuda`      | refused            | cuda, triton              |
 | `reference` | reference          | reference                 |
+
+The environment variable TRANSKIMMER_KERNELS says what `auto` means instead: one of the other choices.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cpu_products import pack_weight
 from .library import BACKENDS, OPERATORS, Operator
-from .onednn import pack_weight
 from .triton_support import why_not_importable
 
 KERNELS = ("auto", *BACKENDS)
@@ -48,9 +51,9 @@ class BackendUnavailable(RuntimeError):
     """The chosen kernels cannot serve an operator on this machine or device; the message says why."""
 
 
-def check_kernels(kernels: str) -> str:
+def check_kernels(kernels: str, name: str = "kernels") -> str:
     if kernels not in KERNELS:
-        raise ValueError(f"kernels={kernels!r}: must be one of {', '.join(KERNELS)}")
+        raise ValueError(f"{name}={kernels!r}: must be one of {', '.join(KERNELS)}")
     return kernels
 
 
@@ -65,7 +68,8 @@ def why_not(operator: Operator, backend: str) -> str | None:
 @functools.cache
 def select_backend(name: str, kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves operator `name` for tensors of `dtype` on `device_type` under the choice `kernels`."""
-    check_kernels(kernels)
+    if check_kernels(kernels) == "auto":
+        kernels = check_kernels(os.environ.get("TRANSKIMMER_KERNELS", kernels), "TRANSKIMMER_KERNELS")
     preferences = _PREFERENCES[kernels]
     if preferences and device_type not in preferences and kernels != "auto":
         raise BackendUnavailable(

@@ -20,6 +20,7 @@ def availability(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str | No
     state: dict[str, str | None] = dict.fromkeys(BACKENDS)
     patched = {backend: lambda backend=backend: state[backend] for backend in BACKENDS}
     monkeypatch.setattr(OPERATORS["compact"], "backends", patched)
+    monkeypatch.delenv("TRANSKIMMER_KERNELS", raising=False)
     select_backend.cache_clear()
     yield state
     select_backend.cache_clear()
@@ -48,6 +49,22 @@ def test_preference(
 ) -> None:
     availability.update(dict.fromkeys(broken, "the library is missing"))
     assert select_backend("compact", kernels, device) == chosen
+
+
+def test_the_environment_says_what_auto_means(
+    availability: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSKIMMER_KERNELS", "triton")
+    assert select_backend("compact", "auto", "cpu") == "triton"
+    assert select_backend("compact", "reference", "cpu") == "reference"
+    availability["triton"] = "the library is missing"
+    select_backend.cache_clear()
+    with pytest.raises(BackendUnavailable, match="kernels='triton' cannot run compact"):
+        select_backend("compact", "auto", "cpu")
+    monkeypatch.setenv("TRANSKIMMER_KERNELS", "fastest")
+    select_backend.cache_clear()
+    with pytest.raises(ValueError, match=r"^TRANSKIMMER_KERNELS='fastest': must be one of auto, reference"):
+        select_backend("compact", "auto", "cpu")
 
 
 @pytest.mark.parametrize(("kernels", "device"), [("cpu", "cpu"), ("triton", "cuda"), ("triton", "cpu")])
@@ -115,6 +132,18 @@ def test_required_backend_fails_instead_of_skipping(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "cpus")
     with pytest.raises(pytest.UsageError, match=r"unknown \['cpus'\]"):
         required_backends()
+
+
+def test_an_operator_without_a_kernel_may_be_skipped_for_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "cpu,cuda")
+    monkeypatch.setattr(OPERATORS["compact"], "backends", {})
+    with pytest.raises(pytest.skip.Exception, match="cuda: no cuda kernel for compact"):
+        Target("cuda", "cuda").require("compact")
+    with pytest.raises(pytest.fail.Exception, match="cpu is required"):
+        Target("cpu", "cpu").require("compact")
+    monkeypatch.setattr(OPERATORS["compact"], "backends", {"cuda": lambda: "the library is missing"})
+    with pytest.raises(pytest.fail.Exception, match=r"cuda is required .* the library is missing"):
+        Target("cuda", "cuda").require("compact")
 
 
 def test_names() -> None:

@@ -11,6 +11,7 @@ from transkimmer import SkimConfig, add_skimming, record_skimming, remove_skimmi
 from .tiny import (
     ARCHITECTURES,
     HEADS,
+    KERNELS,
     LAYERS,
     main_output,
     no_dropout,
@@ -21,7 +22,6 @@ from .tiny import (
     undecided_predictors,
 )
 
-KERNELS = ("reference", "cpu")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_kernels = pytest.mark.parametrize("kernels", KERNELS)
 

@@ -21,7 +21,7 @@ from transkimmer import SkimConfig, add_skimming, from_pretrained, record_skimmi
 
 from transkimmer_kernels import BackendUnavailable
 
-from .tiny import ARCHITECTURES, HEADS, config_of, padded_inputs, tiny, undecided_predictors
+from .tiny import ARCHITECTURES, HEADS, KERNELS, config_of, padded_inputs, tiny, undecided_predictors
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -106,7 +106,7 @@ def test_kernels_can_be_switched_on_a_live_model() -> None:
     undecided_predictors(model)
     inputs = padded_inputs()
     native = model(**inputs).logits
-    assert set(model.skimming.serves.values()) == {"cpu"}
+    assert set(model.skimming.serves.values()) == {KERNELS[-1]}
     model.skimming.kernels = "reference"
     assert set(model.skimming.serves.values()) == {"reference"}
     assert torch.allclose(model(**inputs).logits, native, atol=1e-5)
@@ -117,6 +117,7 @@ def test_kernels_can_be_switched_on_a_live_model() -> None:
     assert model.skimming.kernels == "reference"
 
 
+@pytest.mark.default_kernels("is about the choice of `auto`")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()
 def test_auto_serves_dtypes_that_the_native_kernels_do_not(dtype: torch.dtype) -> None:
@@ -142,6 +143,7 @@ def test_pipeline(tmp_path: Path) -> None:
         assert a["label"] == b["label"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
 
 
+@pytest.mark.default_kernels("Triton's interpreter is not made for threads")
 @torch.no_grad()
 def test_threads_do_not_mix_up_their_records() -> None:
     model = add_skimming(tiny("bert"))

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
 from transkimmer.training import SkimTrainer, SkimTrainingArguments, calibrate, evaluate_classifier
 
-from .tiny import ARCHITECTURES, padded_inputs, relative_error, tiny, undecided_predictors
+from ..target import Recorder
+from .tiny import ARCHITECTURES, KERNELS, padded_inputs, relative_error, tiny, undecided_predictors
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -61,13 +62,16 @@ def test_every_parameter_gets_a_gradient(architecture: str) -> None:
 
 
 @every_architecture
-def test_native_and_reference_kernels_train_alike(architecture: str) -> None:
+def test_all_kernels_train_like_the_reference(architecture: str) -> None:
     gradients = []
-    for kernels in ("cpu", "reference"):
+    for kernels in (KERNELS[-1], "reference"):
         model = add_skimming(tiny(architecture, "sequence"), kernels=kernels).train()
         undecided_predictors(model)
         set_seed(3)
-        model(**padded_inputs(), labels=LABELS).loss.backward()
+        with Recorder() as ran:
+            model(**padded_inputs(), labels=LABELS).loss.backward()
+        wanted = {(name, kernels) for name in ("compact", "ragged_attention", "ragged_attention_backward")}
+        assert {(name, backend) for name, backend, _ in ran.calls} == wanted
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative_error(*gradients) <= 1e-4
 
@@ -131,6 +135,7 @@ def _arguments(cls: type, folder: Path, **options: object) -> TrainingArguments:
     )
 
 
+@pytest.mark.default_kernels("training steps of 32 sentences take minutes in Triton's interpreter")
 def test_a_plain_trainer_trains_a_skimming_model(tmp_path: Path) -> None:
     model = add_skimming(tiny("bert", "sequence", initializer_range=0.05))
     before = model.skimming.predictors[0].fc.weight.clone()
@@ -139,6 +144,7 @@ def test_a_plain_trainer_trains_a_skimming_model(tmp_path: Path) -> None:
     assert not torch.equal(model.skimming.predictors[0].fc.weight, before)
 
 
+@pytest.mark.default_kernels("hundreds of training steps take an hour in Triton's interpreter")
 def test_training_learns_what_to_skim(tmp_path: Path) -> None:
     """On a task that hangs on one word, the model must solve it and still skim most tokens."""
     set_seed(0)

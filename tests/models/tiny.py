@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -18,6 +20,8 @@ from transformers import (
     RobertaConfig,
 )
 
+# What a test runs that is about kernels: those that TRANSKIMMER_KERNELS names, which then serve every other test, too.
+KERNELS = (os.environ["TRANSKIMMER_KERNELS"],) if "TRANSKIMMER_KERNELS" in os.environ else ("reference", "cpu")
 VOCABULARY = 120
 LAYERS = 3
 
