@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import native, tuning
 
 _PACKAGES = ("transkimmer", "torch", "triton", "transformers", "numpy")
 
@@ -25,6 +25,7 @@ def report() -> dict[str, Any]:
             "cpu_kernels": _cpu_isa(),
             "gpu": _gpus()
             or ("none visible to torch" if torch.version.cuda else "none (torch was built without CUDA)"),
+            "tuned": _tuned(),
             "torch_cuda": torch.version.cuda or "none",
         },
         "build": native.build_info(),
@@ -65,6 +66,12 @@ def _gpus() -> list[str]:
         return []
     properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
+
+
+def _tuned() -> str:
+    """Files with measured configurations of the Triton kernels for the first device."""
+    found = tuning.files(torch.device("cuda", 0)) if torch.cuda.is_available() else []
+    return "; ".join(map(str, found)) or "no configurations measured on this device: the kernels' defaults"
 
 
 def _operators() -> dict[str, dict[str, str]]:

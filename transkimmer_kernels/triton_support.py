@@ -46,7 +46,8 @@ class Specialisation:
 
     signature: argument -> Triton type ("*bf16", "i32", ...), every argument that is not a constexpr; constants: the
     constexprs; aligned: arguments that the launcher finds divisible by 16 (all pointers, as PyTorch allocates them,
-    and strides that are); matmul: whether matrix instructions must appear.
+    and strides that are); matmul: whether matrix instructions must appear; maxnreg: registers a thread may have,
+    where the launcher says so.
     """
 
     name: str
@@ -57,3 +58,4 @@ class Specialisation:
     num_warps: int
     num_stages: int
     matmul: bool
+    maxnreg: int | None = None

@@ -59,11 +59,16 @@ def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
 
 @dataclass
 class Source:
-    """Seeded random tensors of one dtype on one device."""
+    """Seeded random tensors of one dtype on one device.
+
+    spare: capacity of a list beyond its token count; unlisted: rows that no slot names.
+    """
 
     dtype: torch.dtype
     device: str = "cpu"
     seed: int = 0
+    spare: int = 5
+    unlisted: int = 7
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +108,10 @@ class Source:
         weights[count:] = torch.nan
         return weights.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
 
-    def batch(self, lengths: Sequence[int], *, spare: int = 5, unlisted: int = 7) -> Batch:
-        """`spare`: capacity beyond the token count; `unlisted`: rows that no slot names."""
+    def batch(self, lengths: Sequence[int], *, spare: int | None = None, unlisted: int | None = None) -> Batch:
+        """`spare` and `unlisted` take the place of the source's own."""
+        spare = self.spare if spare is None else spare
+        unlisted = self.unlisted if unlisted is None else unlisted
         count, rows = sum(lengths), sum(lengths) + unlisted
         slots = torch.randperm(rows, generator=self.generator)[:count].tolist()
         tail = [WILD_SLOTS[i % len(WILD_SLOTS)] for i in range(spare)]

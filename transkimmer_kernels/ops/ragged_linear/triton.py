@@ -10,13 +10,15 @@ cache, and is where `ragged_linear_norm_` sends its rows to their slots.
 The product's programs stay on the device and walk the tiles, because the host knows only the capacity: after a few
 layers of skimming most of a grid made for it would be empty. For the same reason the size of the tile is chosen on the
 device: large tiles load less per multiply-add, small ones keep all multiprocessors at work once few rows are left.
+
+Sizes come from `tiling.TUNABLE`. Where its table says so, the product is a library's instead (`strategies`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +27,10 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
+from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
+from . import strategies
+from .tiling import TUNABLE, Tiling
 
 _INTERPRETED = tl.constexpr(triton_support.interpreted())
 
@@ -170,42 +175,11 @@ def norm_kernel(
 # ---- host
 
 
-class _Tiling(NamedTuple):
-    """How the product of a dtype is cut; sizes are M, N, K."""
-
-    large: tuple[int, int, int]
-    small: tuple[int, int, int]
-    programs: int  # per multiprocessor: as many as fit on it at once
-    fewest_large: float  # per multiprocessor, below which small tiles are sooner done
-    num_warps: int
-    num_stages: int
-
-
-# Chosen by what compiles without spilling for sm_80, sm_90 and sm_100, and by counting loads; not measured on a GPU.
-# Half precision: a large tile loads half as much per multiply-add as a small one, whose rate the L2 cache bounds; so a
-# large tile is worth half of the multiprocessors standing idle. fp32 has no such matrix instruction (TF32 would be too
-# coarse), and its multiply-adds bound the rate of either tile: there it is a matter of filling the device.
-_HALF = _Tiling((128, 128, 64), (64, 64, 64), programs=1, fewest_large=0.5, num_warps=8, num_stages=4)
-_SINGLE = _Tiling((128, 64, 16), (64, 32, 16), programs=2, fewest_large=2.0, num_warps=4, num_stages=3)
 _GROUP = 8
-# Few enough that the tests' small inputs make programs walk, and meet either size of tile.
-_INTERPRETED_MULTIPROCESSORS = 8
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tiling(dtype: torch.dtype) -> _Tiling:
-    return _SINGLE if dtype == torch.float32 else _HALF
-
-
-@functools.cache
-def _product_constants(dtype: torch.dtype, size_out: int, size_in: int, gelu: bool) -> dict[str, Any]:
-    tiling = _tiling(dtype)
+def _product_constants(tiling: Tiling, size_out: int, size_in: int, gelu: bool) -> dict[str, Any]:
     names = ("LARGE_M", "LARGE_N", "LARGE_K", "SMALL_M", "SMALL_N", "SMALL_K")
     sizes = dict(zip(names, (*tiling.large, *tiling.small), strict=True))
     return {"SIZE_OUT": size_out, "SIZE_IN": size_in, "GELU": gelu, "GROUP": _GROUP, **sizes}
@@ -229,10 +203,13 @@ def _product(
     residual_slots: Tensor | None = None,
 ) -> Tensor:
     """[capacity, out], undefined beyond the token count."""
-    capacity = x.size(0) if slots is None else slots.numel()
     size_out, size_in = weight.shape
+    tiling = TUNABLE.config(x.device, x.dtype, size_out, size_in)
+    if strategies.usable(tiling.strategy, x.dtype, size_out, size_in):
+        return strategies.product(tiling.strategy, x, weight, bias, cu_seqlens, slots, gelu, residual, residual_slots)
+    capacity = x.size(0) if slots is None else slots.numel()
     out = x.new_empty((capacity, size_out))
-    tiling, processors = _tiling(x.dtype), _multiprocessors(x.device)
+    processors = multiprocessors(x.device)
     tiles = triton.cdiv(capacity, tiling.small[0]) * triton.cdiv(size_out, tiling.small[1])
     with torch.cuda.device_of(x):
         product_kernel[(min(tiles, tiling.programs * processors),)](
@@ -246,7 +223,7 @@ def _product(
             cu_seqlens,
             cu_seqlens.numel() - 1,
             int(tiling.fewest_large * processors),
-            **_product_constants(x.dtype, size_out, size_in, gelu),
+            **_product_constants(tiling, size_out, size_in, gelu),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
@@ -317,7 +294,7 @@ def ragged_linear_norm_(
 # ---- what is compiled ahead of time
 
 
-def _product_specialisation(
+def _product_specialisations(
     name: str,
     dtype: torch.dtype,
     size_out: int,
@@ -325,22 +302,25 @@ def _product_specialisation(
     *,
     gelu: bool = False,
     without: tuple[str, ...] = (),
-) -> Specialisation:
-    """`without`: the pointers that are None."""
+) -> Iterator[Specialisation]:
+    """In every configuration that may be chosen; `without`: the pointers that are None."""
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element)
     pointers |= dict.fromkeys(("p_slots", "p_residual_slots", "p_cu_seqlens"), "*i32")
     present = {pointer: kind for pointer, kind in pointers.items() if pointer not in without}
-    return Specialisation(
-        name=f"product {name} {size_in}->{size_out} {str(dtype).removeprefix('torch.')}",
-        kernel=product_kernel,
-        signature={**present, "batch": "i32", "fewest_large": "i32"},
-        constants={**dict.fromkeys(without), **_product_constants(dtype, size_out, size_in, gelu)},
-        aligned=tuple(present),
-        num_warps=_tiling(dtype).num_warps,
-        num_stages=_tiling(dtype).num_stages,
-        matmul=dtype != torch.float32,
-    )
+    ours = [t for t in TUNABLE.shipped(dtype, size_out, size_in) if t.strategy == "triton"]
+    for number, tiling in enumerate(ours):
+        measured = f" measured {number}" if number else ""
+        yield Specialisation(
+            name=f"product {name} {size_in}->{size_out} {str(dtype).removeprefix('torch.')}{measured}",
+            kernel=product_kernel,
+            signature={**present, "batch": "i32", "fewest_large": "i32"},
+            constants={**dict.fromkeys(without), **_product_constants(tiling, size_out, size_in, gelu)},
+            aligned=tuple(present),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            matmul=dtype != torch.float32,
+        )
 
 
 def _norm_specialisation(dtype: torch.dtype, size: int, scatter: bool) -> Specialisation:
@@ -361,15 +341,16 @@ def _norm_specialisation(dtype: torch.dtype, size: int, scatter: bool) -> Specia
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """The four products of an encoder layer, one of an awkward width, and LayerNorm at the usual widths."""
+    """The four products of an encoder layer, some of awkward widths, LayerNorm at the usual ones, and `strategies`."""
     plain = ("p_residual", "p_residual_slots")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield _product_specialisation("gathered", dtype, 2304, 768, without=plain)
-        yield _product_specialisation("gelu", dtype, 3072, 768, gelu=True, without=(*plain, "p_slots"))
-        yield _product_specialisation("gathered residual", dtype, 768, 768, without=("p_slots",))
-        yield _product_specialisation("residual", dtype, 768, 3072, without=("p_slots", "p_residual_slots"))
-        yield _product_specialisation("gelu", dtype, 1200, 312, gelu=True, without=(*plain, "p_slots", "p_bias"))
-        yield _product_specialisation("gathered gelu", dtype, 99, 33, gelu=True, without=plain)
+        yield from _product_specialisations("gathered", dtype, 2304, 768, without=plain)
+        yield from _product_specialisations("gelu", dtype, 3072, 768, gelu=True, without=(*plain, "p_slots"))
+        yield from _product_specialisations("gathered residual", dtype, 768, 768, without=("p_slots",))
+        yield from _product_specialisations("residual", dtype, 768, 3072, without=("p_slots", "p_residual_slots"))
+        yield from _product_specialisations("gelu", dtype, 1200, 312, gelu=True, without=(*plain, "p_slots", "p_bias"))
+        yield from _product_specialisations("gathered gelu", dtype, 99, 33, gelu=True, without=plain)
         for size in (384, 768, 1024):
             yield _norm_specialisation(dtype, size, scatter=size == 768)
         yield _norm_specialisation(dtype, 768, scatter=False)
+    yield from strategies.specialisations()

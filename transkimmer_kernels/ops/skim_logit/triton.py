@@ -12,6 +12,7 @@ The same kernels serve `skim_tokens`: told to, they write a decision of 1 byte i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from ... import triton_support
 from ...library import implement
 from ...triton_support import Specialisation
+from ...tuning import Tunable
 
 # Triton 3.6's interpreter multiplies the bit patterns of bf16 operands; in fp32 their product is the same.
 _WIDEN = tl.constexpr(triton_support.interpreted())
@@ -172,6 +174,43 @@ def _finish(
     _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
 
 
+class _Tile(NamedTuple):
+    """How `_product` is cut: rows x inner columns of a program, and the length of its steps."""
+
+    rows: int
+    columns: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
+    """What compiles without spilling for sm_80, sm_90 and sm_100; not measured on a GPU."""
+    # Statistics are computed once per column tile: few wide tiles, unless much of the last one would be empty.
+    wide = 128 < inner <= 256 or inner % 256 == 0
+    if dtype == torch.float32:  # plain multiply-adds: operands live in registers, so tiles are small
+        tile = _Tile(16, 256, 16, num_warps=8, num_stages=3) if wide else _Tile(32, 64, 16, num_warps=4, num_stages=3)
+    else:
+        tile = _Tile(64, 256, 64, num_warps=8, num_stages=3) if wide else _Tile(64, 128, 64, num_warps=4, num_stages=3)
+    return tile._replace(columns=min(tile.columns, _widest(inner)))
+
+
+def _widest(inner: int) -> int:
+    """Columns of a tile that holds a whole inner row."""
+    return max(16, triton.next_power_of_2(inner))
+
+
+def _candidates(dtype: torch.dtype, width: int, inner: int) -> Iterator[_Tile]:
+    half = dtype != torch.float32
+    rows, k, stages = ((32, 64, 128), 64, (2, 3, 4)) if half else ((16, 32, 64), 16, (2, 3))
+    for tile in itertools.product(rows, (64, 128, 256), (k,), (4, 8), stages):
+        if tile[1] <= _widest(inner):
+            yield _Tile(*tile)
+
+
+TUNABLE = Tunable("skim_logit", _default, _candidates)
+
+
 class _Config(NamedTuple):
     """Constants and options of one launch."""
 
@@ -180,19 +219,13 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-def _product_config(dtype: torch.dtype, width: int, inner: int, decide: bool) -> _Config:
-    if dtype == torch.float32:  # plain multiply-adds: operands live in registers, so tiles are small
-        block_rows, block_columns, block_k, num_warps, num_stages = 32, 64, 16, 4, 3
-    else:
-        block_rows, block_columns, block_k, num_warps, num_stages = 64, 128, 64, 4, 3
-    # Statistics are computed once per column tile: few wide tiles, unless much of the last one would be empty.
-    if 128 < inner <= 256 or inner % 256 == 0:
-        block_columns, num_warps = 256, 8
-    block_columns = min(block_columns, max(16, triton.next_power_of_2(inner)))
+def _product_config(tile: _Tile, dtype: torch.dtype, width: int, inner: int, decide: bool) -> _Config:
     # Statistics wait for memory and for nothing else: 64 bytes per thread are under way at a time.
-    block_statistics = min(64 // dtype.itemsize * 32 * num_warps // block_rows, triton.next_power_of_2(width))
-    tile = {"BM": block_rows, "BN": block_columns, "BK": block_k, "BS": block_statistics}
-    return _Config({"DECIDE": decide and block_columns >= inner, "D": width, "M": inner, **tile}, num_warps, num_stages)
+    block_statistics = max(1, 64 // dtype.itemsize * 32 * tile.num_warps // tile.rows)
+    blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.k}
+    blocks["BS"] = min(block_statistics, triton.next_power_of_2(width))
+    constants = {"DECIDE": decide and tile.columns >= inner, "D": width, "M": inner, **blocks}
+    return _Config(constants, tile.num_warps, tile.num_stages)
 
 
 def _finish_config(inner: int, decide: bool) -> _Config:
@@ -209,9 +242,10 @@ def score_tokens(
     out = hidden.new_empty(capacity, dtype=torch.uint8 if decide else torch.float32)
     cu_seqlens, batch = cu_seqlens.contiguous(), cu_seqlens.numel() - 1
     weights = tuple(weight.contiguous() for weight in weights)
-    inner = weights[3].numel()
+    width, inner = hidden.size(1), weights[3].numel()
     scalars = (eps, threshold or 0.0)
-    config = _product_config(hidden.dtype, hidden.size(1), inner, decide)
+    tile = TUNABLE.config(hidden.device, hidden.dtype, width, inner)
+    config = _product_config(tile, hidden.dtype, width, inner, decide)
     block_columns = config.constants["BN"]
     fused = block_columns >= inner
     target = out if fused else hidden.new_empty(capacity, inner)
@@ -253,9 +287,12 @@ def specialisations() -> Iterator[Specialisation]:
     kinds = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     for dtype, kind in kinds.items():
         for width, inner, decide in ((384, 192, True), (384, 384, False), (768, 768, False)):
-            config = _product_config(dtype, width, inner, decide)
-            yield _specialisation(f"product {width}->{inner} {kind}", _product, kind, config, dtype != torch.float32)
-            if config.constants["BN"] < inner:
+            tiles = TUNABLE.shipped(dtype, width, inner)
+            for number, tile in enumerate(tiles):
+                name = f"product {width}->{inner} {kind}" + (f" measured {number}" if number else "")
+                config = _product_config(tile, dtype, width, inner, decide)
+                yield _specialisation(name, _product, kind, config, dtype != torch.float32)
+            if any(tile.columns < inner for tile in tiles):
                 yield _specialisation(f"finish {inner} {kind}", _finish, kind, _finish_config(inner, decide), False)
 
 
