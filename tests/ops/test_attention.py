@@ -15,6 +15,7 @@ from .operators import SPECS, cast
 
 SPEC = SPECS["ragged_attention"]
 LENGTHS = (17, 0, 65, 1, 130)
+SHORT = (17, 0, 25, 1, 3, 30, 9)  # several in a tile, where a kernel packs them
 with_dtypes = pytest.mark.parametrize(
     ("target", "dtype"),
     [pytest.param(t, d, id=f"{t}-{d}") for t in TARGETS for d in DTYPES[t.backend]],
@@ -45,19 +46,25 @@ def test_importance_is_deterministic(target: Target) -> None:
 
 
 @attention
-def test_batch_mates_do_not_matter_bit_for_bit(target: Target) -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("importance", [False, True], ids=["", "importance"])
+def test_batch_mates_do_not_matter_bit_for_bit(
+    target: Target, lengths: tuple[int, ...], dtype: torch.dtype, importance: bool
+) -> None:
     """Other values in the other sequences, even NaN: the same bits in this one."""
-    kwargs = cases.ragged_attention(Source(torch.float32, target.device), LENGTHS, importance=True, keep="mixed")
-    own = slice(17, 17 + 65)
+    source = Source(dtype, target.device)
+    kwargs = cases.ragged_attention(source, lengths, importance=importance, keep="mixed")
+    own = slice(lengths[0], lengths[0] + lengths[2])
     expected = target.call(tk.ragged_attention, **kwargs)
     for foreign in (3.0, torch.nan, torch.inf):
         changed = {name: kwargs[name].clone() for name in ("q", "k", "v")}
         for x in changed.values():
             x[: own.start], x[own.stop :] = foreign, foreign
-        out, lse, importance = target.call(tk.ragged_attention, **{**kwargs, **changed})
+        out, lse, sums = target.call(tk.ragged_attention, **{**kwargs, **changed})
         assert torch.equal(out[own], expected[0][own])
         assert torch.equal(lse[:, own], expected[1][:, own])
-        assert torch.equal(importance[own], expected[2][own])
+        assert torch.equal(sums[own], expected[2][own])
 
 
 @attention
@@ -150,16 +157,31 @@ def test_steep_skimmed_key_has_a_finite_gradient(target: Target) -> None:
 @attention
 def test_nan_stays_in_its_sequence_and_is_not_hidden(target: Target) -> None:
     """A NaN key makes its whole sequence NaN, as in dense attention; a NaN query only its own row."""
-    kwargs = cases.ragged_attention(Source(torch.float32, target.device), (17, 65, 3), importance=True)
-    for name, poisoned in (("k", slice(17, 82)), ("q", slice(20, 21))):
-        changed = kwargs[name].clone()
-        changed[20] = torch.nan
-        out, lse, _ = target.call(tk.ragged_attention, **{**kwargs, name: changed})
-        expected = torch.zeros(85, dtype=torch.bool)
-        expected[poisoned] = True
-        assert torch.equal(out[:85].isnan().all((1, 2)).cpu(), expected)
-        assert torch.equal(out[:85].isnan().any(2).any(1).cpu(), expected)
-        assert torch.equal(lse[:, :85].isnan().all(0).cpu(), expected)
+    for middle, importance in ((65, True), (14, False)):
+        count = 17 + middle + 3
+        kwargs = cases.ragged_attention(Source(torch.float32, target.device), (17, middle, 3), importance=importance)
+        for name, poisoned in (("k", slice(17, 17 + middle)), ("q", slice(20, 21)), ("v", slice(17, 17 + middle))):
+            changed = kwargs[name].clone()
+            changed[20] = torch.nan
+            out, lse, _ = target.call(tk.ragged_attention, **{**kwargs, name: changed})
+            expected = torch.zeros(count, dtype=torch.bool)
+            expected[poisoned] = True
+            assert torch.equal(out[:count].isnan().all((1, 2)).cpu(), expected)
+            assert torch.equal(out[:count].isnan().any(2).any(1).cpu(), expected)
+            if name != "v":
+                assert torch.equal(lse[:, :count].isnan().all(0).cpu(), expected)
+
+
+@attention
+def test_a_head_beyond_the_kernels_is_refused(target: Target) -> None:
+    """Triton's tiles hold whole heads; the other backends take any size."""
+    kwargs = cases.ragged_attention(Source(torch.float32, target.device), (3, 2), head_dim=160)
+    if target.backend == "triton":
+        with pytest.raises(ValueError, match=r"^q: the Triton kernels take a head_dim of at most 128, got 160$"):
+            tk.ragged_attention(**kwargs, kernels=target.backend)
+    else:
+        out, _, _ = target.call(tk.ragged_attention, **kwargs)
+        assert out[:5].isfinite().all()
 
 
 def test_reference_takes_fp64() -> None:

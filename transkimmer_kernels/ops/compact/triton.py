@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
+from ...triton_blocks import lower_bound
 from ...triton_support import Specialisation
 
 _TILE = 2048  # positions taken at a time
@@ -32,25 +33,13 @@ _COUNTS = ["batch", "tiles"]
 
 
 @triton.jit
-def _lower_bound(p_cu_seqlens, batch, value):
-    """How many of the batch + 1 offsets are below each element of the block `value`: a bisection in step."""
-    low = tl.full(value.shape, 0, tl.int32)
-    span = batch + 1  # the answer lies between low and low + span
-    while span > 1:
-        half = span // 2
-        low += tl.where(tl.load(p_cu_seqlens + low + half - 1) < value, half, 0)
-        span -= half
-    return low + (tl.load(p_cu_seqlens + low) < value).to(tl.int32)
-
-
-@triton.jit
 def _load_kept(p_keep, p_cu_seqlens, batch, count, o_position, KEEP_FIRST: tl.constexpr):
     """1 for every position that survives, else 0."""
     m_listed = o_position < count
     kept = tl.load(p_keep + o_position, mask=m_listed, other=0) != 0
     if KEEP_FIRST:
         # Any offset below the count begins a sequence that is not empty: the last one of equal offsets does.
-        entry = _lower_bound(p_cu_seqlens, batch, o_position)
+        entry = lower_bound(p_cu_seqlens, batch, o_position)
         kept |= tl.load(p_cu_seqlens + entry, mask=m_listed, other=-1) == o_position
     return kept.to(tl.int32)
 
@@ -105,7 +94,7 @@ def _write_kept(
         # Offsets from start + 1 to start + TILE belong to this tile, because the rank that they ask for does; so one
         # that equals the capacity needs no tile behind the last. Offsets of 0 belong to the first tile.
         o_edge = start + tl.arange(0, 2).to(tl.int64) * TILE  # [2]
-        b_edge = _lower_bound(p_cu_seqlens, batch, tl.where(o_edge > 0, o_edge + 1, 0))
+        b_edge = lower_bound(p_cu_seqlens, batch, tl.where(o_edge > 0, o_edge + 1, 0))
         entry, last = tl.min(b_edge), tl.max(b_edge)
         while entry < last:
             o_entry = entry + tl.arange(0, OFFSETS).to(tl.int64)  # [OFFSETS]

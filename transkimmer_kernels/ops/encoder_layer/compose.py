@@ -39,7 +39,7 @@ def compose_layer_(
     """`encoder_layer_` by the operators of `kernels`; `activation` may be any elementwise function, too."""
     width, first_only = hidden.size(1), query_weight is not None
     head_dim = width // num_heads
-    slots = _trim(slots, cu_seqlens)
+    slots = _trim(slots, cu_seqlens, kernels)
     projected = kernels.ragged_linear(hidden, qkv_weight, qkv_bias, cu_seqlens, slots, "none")
     *query, k, v = projected.view(-1, 2 if first_only else 3, num_heads, head_dim).unbind(1)  # [capacity, H, D] each
     rows, cu_rows, longest = slots, cu_seqlens, max_seqlen  # what is updated
@@ -63,12 +63,14 @@ def compose_layer_(
     )
 
 
-def _trim(slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _trim(slots: Tensor, cu_seqlens: Tensor, kernels: KernelSet) -> Tensor:
     """On a CPU the token count is at hand: the list, and so every buffer made from it, shrinks to it.
 
-    On a device the list keeps its capacity, because the count is not read back.
+    On a device the list keeps its capacity, because the count is not read back; and for Triton kernels, which run in
+    the interpreter then as they would on a device.
     """
-    if slots.device.type != "cpu" or torch.compiler.is_compiling():
+    on_host = slots.device.type == "cpu" and kernels.serves["ragged_linear"] != "triton"
+    if not on_host or torch.compiler.is_compiling():
         return slots
     return slots[: round_up_rows(int(cu_seqlens[-1]), slots.numel())]
 

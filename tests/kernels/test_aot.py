@@ -1,0 +1,37 @@
+"""Every Triton kernel in every shipped configuration compiles for every target, and well: no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from transkimmer_kernels import aot, triton_support
+
+pytestmark = [
+    pytest.mark.skipif(triton_support.interpreted(), reason="under TRITON_INTERPRET=1 nothing is compiled"),
+    pytest.mark.skipif(
+        triton_support.why_not_importable() is not None, reason=str(triton_support.why_not_importable())
+    ),
+]
+
+
+def test_every_operator_with_triton_kernels_lists_them() -> None:
+    listed = {folder for folder, _ in aot.kernels()}
+    assert listed >= {"compact", "ragged_attention", "ragged_linear", "rows", "skim_logit"}
+    names = [entry.name for _, entry in aot.kernels()]
+    assert len(names) == len(set(names)), "names tell the configurations apart"
+
+
+@pytest.mark.parametrize("operator", sorted({folder for folder, _ in aot.kernels()}))
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_spills_shared_memory_fits_and_matrix_instructions(target: str, operator: str) -> None:
+    """One process, as the tests run side by side; `encoder_layer` and the like have no kernels of their own."""
+    reports = aot.compile_all([target], [operator], jobs=1)
+    assert not {f"{r.kernel} {r.target}": r.problems for r in reports if r.problems}
+
+
+def test_problems_are_found() -> None:
+    """A matrix product without matrix instructions: fp32 in full precision has none."""
+    entry = next(entry for _, entry in aot.kernels() if entry.matmul)
+    signature = {name: kind.replace("bf16", "fp32").replace("fp16", "fp32") for name, kind in entry.signature.items()}
+    plain = aot.Specialisation(**{**vars(entry), "signature": signature})
+    assert "no matrix instruction" in aot.compile_kernel(plain, "sm_90").problems
