@@ -18,10 +18,14 @@ set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda CXX_VISI
                       LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/stub")
 
 file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
-add_library(transkimmer_cuda SHARED csrc/library_cuda.cpp ${cuda_kernels})
-target_include_directories(transkimmer_cuda PRIVATE csrc/include)
+add_library(transkimmer_cuda SHARED csrc/library_cuda.cpp csrc/library_cuda_attention.cpp csrc/library_cuda_skim.cpp
+            ${cuda_kernels})
+target_include_directories(transkimmer_cuda PRIVATE csrc csrc/include)
 target_include_directories(transkimmer_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_definitions(transkimmer_cuda PRIVATE USE_CUDA)
+list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+set_source_files_properties(csrc/library_cuda.cpp PROPERTIES
+                            COMPILE_DEFINITIONS "TRANSKIMMER_CUDA_ARCHITECTURES=\"${architectures}\"")
 target_compile_options(transkimmer_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
 transkimmer_warnings(transkimmer_cuda)
 target_link_libraries(transkimmer_cuda PRIVATE torch_stable torch_cuda_stub)

@@ -1,77 +1,94 @@
-// Registers the CUDA kernels with PyTorch through its stable ABI. The schemas are defined in Python; the
-// kernels know nothing of torch. Here: checks that keep a kernel from reading astray, outputs, device and
-// stream.
+// Registers the CUDA kernels with PyTorch through its stable ABI: checks, outputs, device and stream. The
+// schemas of operators are defined in Python, and the kernels know nothing of torch. Here are the operators
+// on lists and rows; library_cuda_attention.cpp and library_cuda_skim.cpp hold the others. Those serve a part
+// of their operator's contract, so they have names of their own and Python chooses
+// (transkimmer_kernels/ops/*/cuda.py).
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <limits>
 #include <tuple>
+#include <vector>
 
-#include "transkimmer/compact.cuh"
+#include "cuda_checks.h"
+#include "cuda_lists.h"
+#include "transkimmer/interface.h"
+#include "transkimmer/rows.cuh"
+
+TRANSKIMMER_DESCRIBE_LIBRARY(cuda, TRANSKIMMER_CUDA_ARCHITECTURES);
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// A dense vector of `dtype` on the device of the operator's first argument.
-void check_vector(const char* name, const Tensor& tensor, ScalarType dtype, int32_t device) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name, " must be a contiguous vector, got ",
-                  tensor.dim(), " dimensions");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has a dtype that this kernel does not take");
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on CUDA device ",
-                  device, " like the other arguments");
-}
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* name, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
-}
+using namespace transkimmer::checks;
+using torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, const Tensor& cu_seqlens,
                                    bool keep_first) {
   const int32_t device = slots.get_device_index();
   check_vector("keep", keep, ScalarType::Bool, device);
-  check_vector("slots", slots, ScalarType::Int, device);
-  check_vector("cu_seqlens", cu_seqlens, ScalarType::Int, device);
-  STD_TORCH_CHECK(keep.numel() == slots.numel(), "keep has ", keep.numel(), " entries, slots has ",
-                  slots.numel());
-  STD_TORCH_CHECK(cu_seqlens.numel() >= 1, "cu_seqlens is empty; it must hold batch + 1 offsets");
-  STD_TORCH_CHECK(slots.numel() <= std::numeric_limits<int32_t>::max(), "slots has ", slots.numel(),
-                  " entries; at most 2^31 - 1 are allowed");
+  check_size("keep", keep.numel(), check_slots(slots, device));
+  check_offsets("cu_seqlens", cu_seqlens, device);
+  const DeviceGuard guard(device);
+  return transkimmer::compact_list(keep, slots, cu_seqlens, keep_first, device);
+}
 
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor new_slots = torch::stable::empty_like(slots);
-  Tensor new_cu_seqlens = torch::stable::empty_like(cu_seqlens);
-  const std::array<int64_t, 1> words{
-      transkimmer::compact_workspace(slots.numel(), transkimmer::kCompactTile)};
-  const Tensor workspace = torch::stable::new_zeros(slots, {words.data(), words.size()}, ScalarType::Long);
-  const transkimmer::CompactArguments arguments{
-      .keep = static_cast<const uint8_t*>(keep.const_data_ptr()),
-      .slots = slots.const_data_ptr<int32_t>(),
-      .cu_seqlens = cu_seqlens.const_data_ptr<int32_t>(),
-      .new_slots = new_slots.mutable_data_ptr<int32_t>(),
-      .new_cu_seqlens = new_cu_seqlens.mutable_data_ptr<int32_t>(),
-      .workspace = words[0] ? static_cast<uint64_t*>(workspace.mutable_data_ptr()) : nullptr,
-      .capacity = slots.numel(),
-      .batch = cu_seqlens.numel() - 1,
-      .keep_first = keep_first,
-  };
-  check_launch("compact", transkimmer::compact(arguments, current_stream(device)));
-  return {new_slots, new_cu_seqlens};
+// Moves rows of `x` into `rows` new ones, by slots that name rows of either.
+Tensor move_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens, int64_t rows,
+                 const char* name, cudaError_t (*move)(const transkimmer::MoveRowsArguments&, cudaStream_t)) {
+  const int32_t device = slots.get_device_index();
+  check_device("x", x, device);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "x must be contiguous and have at least one dimension");
+  std::vector<int64_t> shape{rows};
+  int64_t row_bytes = static_cast<int64_t>(x.element_size());
+  for (int64_t i = 1; i < x.dim(); ++i) {
+    shape.push_back(x.size(i));
+    row_bytes *= x.size(i);
+  }
+  const DeviceGuard guard(device);
+  Tensor y = torch::stable::new_empty(x, shape);
+  transkimmer::MoveRowsArguments arguments{};
+  arguments.source = x.const_data_ptr();
+  arguments.target = y.mutable_data_ptr();
+  arguments.slots = slots.const_data_ptr<int32_t>();
+  arguments.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+  arguments.capacity = check_slots(slots, device);
+  arguments.batch = check_offsets("cu_seqlens", cu_seqlens, device);
+  arguments.row_bytes = row_bytes;
+  arguments.target_rows = rows;
+  check_launch(name, move(arguments, current_stream(device)));
+  return y;
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens) {
+  return move_rows(x, slots, cu_seqlens, slots.numel(), "gather_rows", transkimmer::gather_rows);
+}
+
+Tensor scatter_rows(const Tensor& x, const Tensor& slots, const Tensor& cu_seqlens, int64_t num_rows) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(0) == slots.numel(), "x must have one row for each of the ",
+                  slots.numel(), " slots");
+  STD_TORCH_CHECK(num_rows >= 0, "num_rows is ", num_rows, "; it must not be negative");
+  return move_rows(x, slots, cu_seqlens, num_rows, "scatter_rows", transkimmer::scatter_rows);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(transkimmer, CUDA, library) { library.impl("compact.cuda", TORCH_BOX(&compact)); }
+STABLE_TORCH_LIBRARY_IMPL(transkimmer, CUDA, library) {
+  library.impl("compact.cuda", TORCH_BOX(&compact));
+  library.impl("gather_rows.cuda", TORCH_BOX(&gather_rows));
+  library.impl("scatter_rows.cuda", TORCH_BOX(&scatter_rows));
+}
+
+#define PREDICTOR                                                                                          \
+  "Tensor norm1_weight, Tensor norm1_bias, Tensor fc_weight, Tensor fc_bias, Tensor norm2_weight, Tensor " \
+  "norm2_bias, Tensor out_weight, Tensor out_bias, float eps"
+
+STABLE_TORCH_LIBRARY(transkimmer_cuda, library) {
+  library.def(
+      "short_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int "
+      "max_seqlen_k, "
+      "float scale, Tensor? keep, bool return_importance) -> (Tensor, Tensor, Tensor)");
+  library.def("skim_logit(Tensor hidden, Tensor slots, Tensor cu_seqlens, " PREDICTOR ") -> Tensor");
+  library.def("skim_tokens(Tensor hidden, Tensor slots, Tensor cu_seqlens, " PREDICTOR
+              ", float logit_threshold, bool keep_first) -> (Tensor, Tensor)");
+}

@@ -91,7 +91,7 @@ def implement(
 
 def needs_library(name: str) -> Callable[[], str | None]:
     """Availability of whatever stands on the native library `name` ("cpu" or "cuda")."""
-    return lambda: native.status()[name].reason or None
+    return lambda: native.why_not(name)
 
 
 def implement_natively(name: str, backend: str) -> None:
@@ -108,6 +108,26 @@ def implement_natively(name: str, backend: str) -> None:
         return None
 
     _declare(OPERATORS[name], backend, available)
+
+
+def needs_kernel(kernel: str, general: str, beyond: str) -> Callable[[], str | None]:
+    """Availability of a choice, in Python, between a native kernel and Triton's implementation of the operator.
+
+    kernel: the native one, "transkimmer_cuda::short_attention"; general: the operator; beyond: what is Triton's.
+    """
+    namespace, _, name = kernel.partition("::")
+    library = namespace.removeprefix(f"{NAMESPACE}_")
+
+    def available() -> str | None:
+        if (reason := native.why_not(library)) is not None:
+            return reason
+        if not torch._C._dispatch_has_kernel(kernel):
+            return f"{native.status()[library].path.name} has no {name}: rebuild the package"
+        triton = OPERATORS[general].backends.get("triton")
+        reason = f"no triton kernel for {general}" if triton is None else triton()
+        return reason and f"{beyond} needs Triton: {reason}"
+
+    return available
 
 
 def load_operators(package: str, names: tuple[str, ...]) -> None:

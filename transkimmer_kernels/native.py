@@ -10,6 +10,7 @@ Environment variables, read when :func:`load` first runs:
   GPU; a file whose name contains ``cpu`` takes the place of the CPU library instead.
 """
 
+import functools
 import importlib
 import os
 import sys
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .library_file import LibraryFile, why_not_loadable
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _lock = threading.Lock()
@@ -45,6 +48,27 @@ def status() -> dict[str, NativeStatus]:
     """One entry each for `"cpu"` and `"cuda"`; loads the libraries if that has not happened yet."""
     load()
     return dict(_status)
+
+
+def why_not(name: str) -> str | None:
+    """None if library `name` is loaded and its kernels run on every visible device, else the reason."""
+    if not (entry := status()[name]).loaded:
+        return entry.reason
+    return _why_not_on_devices(entry.path) or None if name == "cuda" else None
+
+
+@functools.cache
+def _why_not_on_devices(path: Path) -> str:
+    """Asked when kernels are chosen, not when the library is loaded: to ask a device its name initialises CUDA."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" if torch.version.cuda else "torch was built without CUDA"
+    file = LibraryFile.read(path)
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if file is not None and not file.serves(capability):
+            kind = "sm_{}{}".format(*capability)
+            return f"{path.name} holds kernels for {file.architectures}, not for CUDA device {device} ({kind})"
+    return ""
 
 
 def build_info() -> dict[str, str]:
@@ -84,10 +108,10 @@ def _why_not(name: str, path: Path, requested: bool) -> str:
     if os.environ.get("TRANSKIMMER_DISABLE_NATIVE", "0").lower() not in ("", "0", "off", "false"):
         return "disabled by TRANSKIMMER_DISABLE_NATIVE"
     if requested:
-        return "" if path.is_file() else f"TRANSKIMMER_LIBRARY={path} is not a file"
+        return why_not_loadable(name, path) if path.is_file() else f"TRANSKIMMER_LIBRARY={path} is not a file"
     if not path.is_file():
         tools = "nvcc" if name == "cuda" else "a C++ compiler, cmake and ninja"
         return f"{path.name} was not built; that takes {tools} at install time (docs/building.md)"
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else "torch was built without CUDA"
-    return ""
+    return why_not_loadable(name, path)

@@ -115,8 +115,8 @@ void check_look_back(std::mt19937& random) {
         }
         before = inclusive;
       };
-      emulation::run(transkimmer::compact_tiles(arguments.capacity, kTile), kThreads,
-                     transkimmer::compact_kernel<kThreads, kWordsPerWarp>, arguments);
+      emulation::run(static_cast<unsigned>(transkimmer::compact_tiles(arguments.capacity, kTile)), kThreads,
+                     [&] { transkimmer::compact_kernel<kThreads, kWordsPerWarp>(arguments); });
       emulation::after_block = [] {};
     };
     check("look-back", c, true, actual(c, true, kTile, launch));

@@ -81,6 +81,29 @@ def test_the_cuda_library_does_not_load_without_cuda_and_says_so() -> None:
     assert "libtorch_cuda.so" in out.partition("'cuda'")[2]
 
 
+def test_the_cuda_library_registers_what_it_should() -> None:
+    """With the stand-in for libtorch_cuda.so that it was linked against, the real file loads without CUDA."""
+    import torch
+
+    stub = ROOT / "build/cmake/stub"
+    if torch.version.cuda is not None or not (stub / "libtorch_cuda.so").is_file():
+        pytest.skip("torch has CUDA, or the CUDA library was not built in this checkout")
+    check = """
+import torch, transkimmer_kernels as tk
+assert tk.native.status()['cuda'].loaded, tk.native.status()['cuda']
+for kernel in ('compact.cuda', 'gather_rows.cuda', 'scatter_rows.cuda'):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'transkimmer::{kernel}', 'CUDA'), kernel
+for name in ('short_attention', 'skim_logit', 'skim_tokens'):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'transkimmer_cuda::{name}', 'CUDA'), name
+    print(getattr(torch.ops.transkimmer_cuda, name).default._schema)
+print(tk.native.why_not('cuda'))
+"""
+    out, _ = _python(check, TRANSKIMMER_LIBRARY=str(_needs("cuda")), LD_LIBRARY_PATH=str(stub))
+    *schemas, reason = out.strip().splitlines()
+    assert schemas[0].startswith("transkimmer_cuda::short_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q")
+    assert reason == "torch was built without CUDA"
+
+
 def test_the_cuda_library_is_built_where_nvcc_is() -> None:
     out, _ = _python("import runpy, sys; sys.argv = ['setup.py', '--name']; s = runpy.run_path('setup.py')\n"
                      "print('\\n', s['find_nvcc'](), s['env_flag']('TRANSKIMMER_SKIP_CUDA_BUILD'))")  # fmt: skip

@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define TRANSKIMMER_HOST_DEVICE __host__ __device__
-#else
-#define TRANSKIMMER_HOST_DEVICE
-#endif
+#include "transkimmer/host_device.h"
 
 namespace transkimmer {
 

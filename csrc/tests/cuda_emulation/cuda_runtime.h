@@ -1,113 +1,118 @@
-// Just enough of CUDA to step through a kernel on the host: a thread per CUDA thread, one block after the
+// Just enough of CUDA to step through a kernel on the host: every CUDA thread is a fiber, one block after the
 // other. It shows that the arithmetic and the barriers are right (and lets sanitizers watch), not that a
-// device is fast or orders memory as assumed. Blocks run in order, which `after_block` lets a test exploit to
-// rearrange what later blocks will see.
+// device is fast or orders memory as assumed. Fibers run in a shuffled order from barrier to barrier, so that
+// a missing barrier shows. Blocks run in order, which `after_block` lets a test exploit to rearrange what
+// later blocks will see.
 #pragma once
 
 #include <atomic>
-#include <barrier>
 #include <bit>
+#include <cmath>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <thread>
-#include <vector>
+#include <cstring>
+
+#include "emulation/fibers.h"
 
 #define __device__
+#define __host__
 #define __global__
-#define __launch_bounds__(threads)
+#define __forceinline__ inline
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks run one at a time
 
-struct dim3 {
-  dim3(unsigned x = 1) : x(x) {}  // implicit, like CUDA's
-  unsigned x;
-};
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
-namespace emulation {
+#define threadIdx emulation::thread_index()
+#define blockIdx emulation::block_index
 
-struct Warp {
-  std::barrier<> barrier{32};
-  uint32_t values[32];
+struct float2 {
+  float x, y;
 };
-struct Block {
-  explicit Block(unsigned threads) : barrier(threads), warps(threads / 32) {}
-  std::barrier<> barrier;
-  std::vector<Warp> warps;
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-inline thread_local Block* block;
-inline thread_local uint32_t thread;
-inline std::function<void()> after_block = [] {};
-
-// Every lane contributes a value and then sees those of all; all 32 lanes have to take part.
-template <class Read>
-auto exchange(uint32_t value, Read read) {
-  Warp& warp = block->warps[thread / 32];
-  warp.values[thread % 32] = value;
-  warp.barrier.arrive_and_wait();
-  const auto result = read(warp.values);
-  warp.barrier.arrive_and_wait();
-  return result;
+inline void __syncthreads() { emulation::sync_block(); }
+inline int __syncthreads_count(bool predicate) { return emulation::count_block(predicate); }
+inline int __syncthreads_or(bool predicate) { return emulation::count_block(predicate) > 0; }
+inline void __syncwarp() {
+  emulation::warp_collective(0, [](const auto&) { return [](int) { return 0; }; });
 }
-
-template <class Kernel, class Arguments>
-void run(unsigned blocks, unsigned threads, Kernel kernel, const Arguments& arguments) {
-  for (unsigned index = 0; index < blocks; ++index) {
-    Block state(threads);
-    std::vector<std::jthread> workers;
-    for (unsigned t = 0; t < threads; ++t) {
-      workers.emplace_back([&, t] {
-        block = &state;
-        thread = t;
-        kernel(arguments);
-      });
-    }
-    workers.clear();
-    after_block();
-  }
-}
-
-}  // namespace emulation
-
-#define threadIdx dim3(emulation::thread)
-
-inline void __syncthreads() { emulation::block->barrier.arrive_and_wait(); }
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
-  return emulation::exchange(predicate, [](const uint32_t* values) {
+  return emulation::warp_collective(predicate, [](const auto& values) {
     uint32_t bits = 0;
-    for (int lane = 0; lane < 32; ++lane) bits |= values[lane] << lane;
-    return bits;
+    for (int lane = 0; lane < 32; ++lane) bits |= uint32_t{*values[lane]} << lane;
+    return [=](int) { return bits; };
   });
 }
-inline uint32_t __shfl_sync(uint32_t, uint32_t value, uint32_t lane) {
-  return emulation::exchange(value, [=](const uint32_t* values) { return values[lane]; });
+// Every lane receives the value of the lane that `from(lane)` names.
+template <class Value, class From>
+Value emulated_shuffle(Value value, From from) {
+  return emulation::warp_collective(
+      value, [&](const auto& values) { return [&values, from](int lane) { return *values[from(lane)]; }; });
 }
-inline uint32_t __shfl_up_sync(uint32_t, uint32_t value, uint32_t distance) {
-  const uint32_t lane = emulation::thread % 32;
-  return emulation::exchange(
-      value, [=](const uint32_t* values) { return values[lane < distance ? lane : lane - distance]; });
+template <class Value>
+Value __shfl_sync(uint32_t, Value value, uint32_t lane) {
+  return emulated_shuffle(value, [=](int) { return lane; });
+}
+template <class Value>
+Value __shfl_up_sync(uint32_t, Value value, uint32_t distance) {
+  return emulated_shuffle(
+      value, [=](int lane) { return lane < static_cast<int>(distance) ? lane : lane - distance; });
+}
+template <class Value>
+Value __shfl_xor_sync(uint32_t, Value value, int mask) {
+  return emulated_shuffle(value, [=](int lane) { return lane ^ mask; });
+}
+template <class Value, class Combine>
+Value emulated_reduction(Value value, Combine combine) {
+  return emulation::warp_collective(value, [&](const auto& values) {
+    Value result = *values[0];
+    for (int lane = 1; lane < 32; ++lane) result = combine(result, *values[lane]);
+    return [=](int) { return result; };
+  });
 }
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
-  return emulation::exchange(value, [](const uint32_t* values) {
-    uint32_t sum = 0;
-    for (int lane = 0; lane < 32; ++lane) sum += values[lane];
-    return sum;
-  });
+  return emulated_reduction(value, std::plus<>{});
 }
+inline int __reduce_min_sync(uint32_t, int value) {
+  return emulated_reduction(value, [](int a, int b) { return a < b ? a : b; });
+}
+inline int __reduce_max_sync(uint32_t, int value) {
+  return emulated_reduction(value, [](int a, int b) { return a > b ? a : b; });
+}
+
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return bits ? std::countr_zero(static_cast<uint32_t>(bits)) + 1 : 0; }
 inline uint32_t atomicOr(uint32_t* address, uint32_t bits) {
   return std::atomic_ref(*address).fetch_or(bits);
 }
+using std::isfinite;
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
-template <class Kernel, class Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Arguments& arguments) {
-  emulation::run(config->gridDim.x, config->blockDim.x, kernel, arguments);
+template <class Kernel, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel,
+                               const Arguments&... arguments) {
+  emulation::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); }, config->dynamicSmemBytes);
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
   return cudaSuccess;
 }

@@ -1,0 +1,47 @@
+"""`skim_logit` on CUDA: a C++ kernel for 16-bit states and the widths it is compiled for, Triton's for the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...library import OPERATORS, implement, needs_kernel
+
+# As in csrc/include/transkimmer/skim_logit.cuh.
+WIDEST, WIDTH_STEP = 1024, 64
+INNER_WIDTHS = (192, 384, 768)
+DTYPES = (torch.float16, torch.bfloat16)
+BEYOND = f"a predictor other than 16-bit and {' / '.join(map(str, INNER_WIDTHS))} wide"
+
+
+def fits(hidden: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    """Whether the C++ kernel serves these states and this predictor, whose weights stand in the operator's order."""
+    width, inner = hidden.size(1), weights[3].numel()
+    return (
+        hidden.dtype in DTYPES
+        and 0 < width <= WIDEST
+        and width % WIDTH_STEP == 0
+        and inner in INNER_WIDTHS
+        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (hidden, *weights[:-1]))
+    )
+
+
+@implement("skim_logit", "cuda", available=needs_kernel("transkimmer_cuda::skim_logit", "skim_logit", BEYOND))
+def skim_logit(
+    hidden: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+    chosen = torch.ops.transkimmer_cuda.skim_logit
+    run = chosen if fits(hidden, weights) else OPERATORS["skim_logit"].overload("triton")
+    return run(hidden, slots, cu_seqlens.contiguous(), *weights, eps)
