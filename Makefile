@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | check | clean. Everything happens in .venv; PYTHON chooses its interpreter.
+# make setup | demo | test | lint | check | gpu-check | clean. Everything happens in .venv; PYTHON chooses its interpreter.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -7,11 +7,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto
 
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) \
           $(shell find csrc -path csrc/tests -prune -o -type f -print)
 
-.PHONY: setup demo test lint check clean
+.PHONY: setup demo test lint check gpu-check clean
 setup: .venv/.installed
 
 .venv/.python: Makefile
@@ -38,14 +39,20 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/transkimmer bench
 
-# The C++ self-checks come first: the last line of the output is pytest's.
+# C++ self-checks, then the Triton kernels and the models on them in Triton's interpreter, then everything else: the last
+# line is pytest's.
 test: setup
 	@if [ -d build/cmake ]; then \
 	  cmake=$$(PATH=$(BIN):$$PATH command -v cmake); ctest=$$(PATH=$(BIN):$$PATH command -v ctest); \
 	  $$cmake --build build/cmake --target native_tests -- --quiet; \
 	  $$ctest --test-dir build/cmake --output-on-failure --no-tests=error; \
 	else echo "no native build: C++ self-checks skipped"; fi
-	TRANSKIMMER_REQUIRE_BACKENDS=$${TRANSKIMMER_REQUIRE_BACKENDS-reference,cpu} $(BIN)/python -m pytest -q
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  export TRITON_INTERPRET=1 OMP_NUM_THREADS=1; \
+	  TRANSKIMMER_REQUIRE_BACKENDS=triton $(PYTEST) -k triton_cpu tests/ops tests/kernels; \
+	  TRANSKIMMER_KERNELS=triton $(PYTEST) tests/models; \
+	else echo "no Triton: its kernels were not run in the interpreter"; fi
+	TRANSKIMMER_REQUIRE_BACKENDS=$${TRANSKIMMER_REQUIRE_BACKENDS-reference,cpu} $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -55,6 +62,12 @@ lint: setup
 
 check: lint
 	@$(MAKE) --no-print-directory test
+
+# Needs no setup and no network (docs/gpu-check.md): the checkout is used as it is, by PYTHON where that is given, else
+# by .venv's where there is one. ARGS are the command's own.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu-check:
+	PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -21,6 +21,11 @@ def test_the_readme_shows_the_stored_results() -> None:
     assert subprocess.run(report, check=False).returncode == 0
 
 
+def test_the_fill_of_tiles_is_what_the_docs_say() -> None:
+    count = [sys.executable, str(ROOT / "benchmarks/attention_tiles.py"), "--check"]
+    assert subprocess.run(count, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
 def test_stored_results_are_complete(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import transformers
 from rich.console import Console
 
 from transkimmer_kernels import native
+from transkimmer_kernels.files import write_whole
 
 from ..config import SkimConfig
 from ..data import TokenizedSentences, padded_batches, read_sst2, sample_path
@@ -143,10 +143,3 @@ def _write_json(path: Path, arguments: argparse.Namespace, title: str, rows: lis
         "rows": [row.to_dict() for row in rows],
     }
     write_whole(path, json.dumps(document, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one step: an interrupted or failing write leaves the old one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
