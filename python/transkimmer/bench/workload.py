@@ -80,7 +80,7 @@ def load_model(name: str) -> PreTrainedModel:
 
 
 def known_lengths() -> dict[str, list[int]]:
-    """Token counts of real texts by data set: mrpc, sst2, rte, imdb."""
+    """Token counts of real texts by data set: mrpc, sst2, rte, imdb, squad2."""
     text = (resources.files("transkimmer") / "bench" / "lengths.json").read_text(encoding="utf-8")
     return json.loads(text)
 
