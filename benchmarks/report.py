@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu"
+AVX2 = ROOT / "benchmarks/results/cpu-avx2"
 README = ROOT / "README.md"
 START, END = "<!-- results: start -->", "<!-- results: end -->"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
@@ -21,14 +22,27 @@ COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficie
 PADDED, PLAIN, OURS, SKIMMING = range(4)  # order of a result's rows
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table() -> str:
     """The README's tables as Markdown."""
+    names = [f"{task}-{dtype}" for task in TASKS for dtype in DTYPES]
+    lines = [
+        *schedule_lines("AVX2, products of our own", {f"{task}-fp32": load(f"{task}-fp32", AVX2) for task in TASKS}),
+        "",
+        *schedule_lines("AVX-512, oneDNN's products", {name: load(name) for name in names}),
+        "",
+        *demo_lines(),
+        "",
+        *peer_lines(),
+    ]
+    return "\n".join(lines)
+
+
+def schedule_lines(machine: str, results: dict[str, dict[str, Any]]) -> list[str]:
     heads = ("lengths, schedule", *COLUMNS, "spread", "× padded HF", "our dense × plain PyTorch")
-    results = {f"{task}-{dtype}": load(f"{task}-{dtype}") for task in TASKS for dtype in DTYPES}
     lines = [_line(heads), _line(["---"] * len(heads))]
     for name, result in results.items():
         task, dtype = name.split("-")
@@ -39,16 +53,12 @@ def table() -> str:
         spread = f"{skimming['spread']:.0%}"
         lines.append(_line([task, dtype, *_speedups(skimming), spread, f"{over_padded:.2f}", f"{dense:.2f}"]))
     environment = next(iter(results.values()))["environment"]
-    lines += [
+    return [
+        *lines,
         "",
-        f"BERT-base shape, batch 16, {environment['processor']}, {environment['threads']} threads, "
+        f"BERT-base shape, batch 16, {environment['processor']} ({machine}), {environment['threads']} threads, "
         f"torch {environment['torch']}; `python benchmarks/schedules.py`.",
-        "",
-        *demo_lines(),
-        "",
-        *peer_lines(),
     ]
-    return "\n".join(lines)
 
 
 def peer_lines() -> list[str]:
@@ -74,9 +84,12 @@ def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 def demo_lines() -> list[str]:
     heads = ("demo: MiniLM, SST-2 dev, batch 32, learned decisions", *COLUMNS, "accuracy", "same answers")
     lines = [_line(heads), _line(["---"] * len(heads))]
-    for dtype in DTYPES:
-        row = load(f"demo-{dtype}")["rows"][SKIMMING]
-        lines.append(_line(["skimming", dtype, *_speedups(row), f"{row['accuracy']:.2%}", f"{row['agreement']:.1%}"]))
+    runs = [("fp32", "AVX2", load("demo-fp32", AVX2))]
+    runs += [(dtype, "AVX-512", load(f"demo-{dtype}")) for dtype in DTYPES]
+    for dtype, machine, result in runs:
+        row = result["rows"][SKIMMING]
+        answers = [f"{row['accuracy']:.2%}", f"{row['agreement']:.1%}"]
+        lines.append(_line([f"skimming, {machine}", dtype, *_speedups(row), *answers]))
     figures = json.loads((ROOT / "python/transkimmer/demo/figures.json").read_text(encoding="utf-8"))
     return [
         *lines,

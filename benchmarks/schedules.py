@@ -1,8 +1,9 @@
 """Measures the README's table: BERT-base shape, real lengths, synthetic schedules, fp32 and bf16, and the demo model.
 
-    python benchmarks/schedules.py [--only mrpc-fp32 ...]
+    python benchmarks/schedules.py [--only mrpc-fp32 ...] [--results cpu-avx2]
 
-Each row is one run of `transkimmer bench`, stored as `benchmarks/results/cpu/NAME.json`; `report.py` renders them.
+Each row is one run of `transkimmer bench`, stored as `benchmarks/results/cpu/NAME.json`; `report.py` renders them. A
+machine of another kind has a folder of its own (`--results`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from transkimmer.cli import main as transkimmer
 
-RESULTS = Path(__file__).parent / "results/cpu"
+RESULTS = Path(__file__).parent / "results"
 # name -> arguments of `transkimmer bench`; long texts are timed in fewer batches
 RUNS = {
     f"{task}-{dtype}": [
@@ -28,10 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--repeats", default="7")
+    parser.add_argument("--results", default="cpu", help="folder under benchmarks/results")
     arguments = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = RESULTS / arguments.results
+    folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
-        target = str(RESULTS / f"{name}.json")
+        target = str(folder / f"{name}.json")
         status = transkimmer(["bench", *RUNS[name], "--repeats", arguments.repeats, "--json", target])
         if status:
             raise SystemExit(status)
