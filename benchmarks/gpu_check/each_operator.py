@@ -17,11 +17,15 @@ from transkimmer_kernels.library import OPERATORS
 from transkimmer_kernels.registry import why_not
 
 LENGTHS = "awkward"
-# What the first case of an operator leaves out, and the operator that the conformance tests treat apart.
+# What the first case of an operator leaves out (CUDA kernels that serve certain sizes only, for one), and the operator
+# that the conformance tests treat apart.
 MORE = [
     Case(cases.ragged_attention, LENGTHS, {"keep": "mixed"}),
     Case(cases.encoder_layer_, LENGTHS, {"width": 64, "heads": 2, "ff": 96, "first_only": True}),
+    Case(cases.ragged_attention, LENGTHS, {"head_dim": 64, "importance": True}),
+    Case(cases.skim_logit, LENGTHS, {"width": 384, "inner": 192}),
     Case(cases.skim_tokens, LENGTHS, {"width": 64, "inner": 32, "keep_first": True}),
+    Case(cases.skim_tokens, LENGTHS, {"width": 384, "inner": 384, "keep_first": True}),
 ]
 
 
