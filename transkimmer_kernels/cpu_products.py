@@ -1,6 +1,6 @@
 """Matrix products on the CPU: which form a weight is packed into, once, and so which kernel multiplies with it.
 
-* `panels`: our own kernel (csrc/cpu/product.h), whose rate hardly depends on the row count;
+* `panels`: our own kernel (csrc/cpu/product.h), whose rate falls little down to about 50 rows;
 * `onednn`: oneDNN, on its own layout (`onednn.py`);
 * `plain`: PyTorch, on the matrix as it is.
 

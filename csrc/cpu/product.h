@@ -6,7 +6,7 @@
 // weights come from DRAM at every call, since those of the other layers have passed through the caches in
 // between, and there is as much to wait for as to compute: a panel's multiply-adds on 50 rows take about as
 // long as its bytes. So while one block of a panel is multiplied, the next is fetched into L2, a line every
-// few steps, and the rate hardly depends on the row count. Many rows are cut into blocks of kRowBlock, enough
+// few steps, and the rate falls little down to 50 rows. Many rows are cut into blocks of kRowBlock, enough
 // for the weights to stream again for each of them.
 //
 // The micro-kernel is the one of gemm.h in another order: kProductRows rows of x, read in place, times one
