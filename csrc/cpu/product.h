@@ -33,13 +33,16 @@ constexpr int64_t kLine = 64;
 
 inline int64_t block_count(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// The lines of the block of weights that comes next, fetched evenly while this one is worked on.
+// The block of weights that comes next, fetched evenly while this one is worked on: in `rows_per_step` of
+// every kStep rows of a panel, kLinesPerRow lines.
 struct Ahead {
   const char* next;
   const char* end;
-  int64_t lines_per_step;  // a step is kStep rows of a panel
+  int64_t rows_per_step;
 };
 constexpr int kStep = 8;
+template <typename T>
+constexpr int64_t kLinesPerRow = (kProductColumns * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
 
 // c [kRows, kProductColumns] = a b, or += a b.
 template <int kRows, typename T>
@@ -49,26 +52,27 @@ void product_tile(const float* a, int64_t lda, const T* b, int64_t depth, float*
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kProductVecs; ++v) acc[r][v] = zero();
   }
-  const auto multiply = [&](const float* row, const T* panel) __attribute__((always_inline)) {
+  const char* next = ahead.next;
+  const int64_t fetching = ahead.rows_per_step;
+  // One flat loop: with a loop of its own over the lines to be fetched, GCC keeps the sums in memory.
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < depth; ++k, ++a, b += kProductColumns) {
+    if (k % kStep < fetching) {
+      // Past the end of the block it fetches a little of what follows: harmless, and cheaper than a
+      // comparison.
+      for (int64_t i = 0; i < kLinesPerRow<T>; ++i) {
+        __builtin_prefetch(next + i * kLine, /*rw=*/0, /*locality=*/2);
+      }
+      next += kLinesPerRow<T> * kLine;
+    }
     Vec column[kProductVecs];
-    for (int v = 0; v < kProductVecs; ++v) column[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kProductVecs; ++v) column[v] = load(b + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec x = set1(row[r * lda]);
+      const Vec x = set1(a[r * lda]);
       for (int v = 0; v < kProductVecs; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
     }
-  };
-  int64_t k = 0;
-  const char* next = ahead.next;
-  for (; k + kStep <= depth; k += kStep, a += kStep, b += kStep * kProductColumns) {
-    // Past the end of the block it fetches a little of what follows: harmless, and cheaper than a comparison.
-    for (int64_t i = 0; i < ahead.lines_per_step; ++i, next += kLine) {
-      __builtin_prefetch(next, /*rw=*/0, /*locality=*/2);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kStep; ++i) multiply(a + i, b + i * kProductColumns);
   }
   ahead.next = next;
-  for (; k < depth; ++k, ++a, b += kProductColumns) multiply(a, b);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kProductVecs; ++v) {
       float* sum = c + r * ldc + v * kLanes;
@@ -131,13 +135,12 @@ void multiply_panel(const ProductBlock<T>& block, int64_t panel, int64_t first_p
   const int64_t strips = block_count(block.rows, kProductRows), ld = panels * kProductColumns;
   const bool last = k + depth == block.args.in;
   const int64_t bytes = depth * kProductColumns * static_cast<int64_t>(sizeof(T));
-  const int64_t step_lines = block_count(kStep * kProductColumns * static_cast<int64_t>(sizeof(T)), kLine);
   Ahead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next) + bytes,
-              block_count(step_lines, strips)};
+              block_count(bytes / depth * kStep, strips * kLinesPerRow<T> * kLine)};
   float* sums = block.sums + (panel - first_panel) * kProductColumns;
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t r = block.rows * s / strips, rows = block.rows * (s + 1) / strips - r;
-    if (ahead.next >= ahead.end) ahead.lines_per_step = 0;
+    if (ahead.next >= ahead.end) ahead.rows_per_step = 0;
     product_rows<kProductRows>(static_cast<int>(rows), block.x + r * block.lda + k, block.lda,
                                block.weights(panel, k), depth, sums + r * ld, ld, k > 0, ahead);
     if (last) {
