@@ -204,7 +204,7 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], arguments: argpars
     field = [padded, *peers, *padding_free]
 
     errors = logits_errors(field, batches, reference, TOLERANCES[arguments.dtype])
-    seconds = time_in_turn(field, batches, arguments.repeats)
+    seconds = time_in_turn(field, batches, arguments.repeats, KEEP_ALL)
     rows = {name: PeerRow(name, note=note) for name, note in {PADDED: None, **notes}.items()}
     for name, times in seconds.items():
         rows[name] = PeerRow(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import lzma
 import re
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transkimmer import SkimConfig, add_skimming
 from transkimmer.bench import show, workload
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
-from transkimmer.bench.timing import compare, time_in_turn
+from transkimmer.bench.timing import compare, paired_speedup, time_in_turn
 from transkimmer.cli import main
 from transkimmer.data import read_sst2, sample_path
 from transkimmer.flops import EncoderShape
@@ -140,10 +142,23 @@ def test_compare() -> None:
 
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
-    field = [Contender(name, lambda inputs, name=name: calls.append(name)) for name in "abc"]
-    seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 2)
+
+    def run(inputs: object, name: str) -> None:
+        calls.append(name)
+        time.sleep(0.02)
+
+    field = [Contender(name, partial(run, name=name)) for name in "abc"]
+    seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 2, "a")
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     assert "".join(calls) == "abc" + "bca" + "bca" + "cab"
+
+
+def test_a_hopeless_contender_is_timed_once() -> None:
+    delays = {"dense": 0.01, "skimming": 0.0, "hopeless": 0.5}
+    field = [Contender(name, lambda inputs, delay=delay: time.sleep(delay)) for name, delay in delays.items()]
+    seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 3, "dense")
+    assert {name: len(times) for name, times in seconds.items()} == {"dense": 3, "skimming": 3, "hopeless": 1}
+    assert paired_speedup(seconds["dense"], seconds["hopeless"]) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -162,7 +177,7 @@ def test_a_word_is_read_as_long_as_any_piece_of_it(
 # What is written and what is refused
 
 KEYS = ["name", "accuracy", "tokens_kept", "flops_speedup", "paper_flops_speedup", "wall_clock_speedup"]
-KEYS += ["skim_efficiency", "agreement", "median_s", "spread"]
+KEYS += ["skim_efficiency", "agreement", "median_s", "spread", "repeats"]
 SCHEDULED = ["--schedule", "1,0.6,0.2", "--lengths", "mrpc"]
 
 

@@ -19,6 +19,9 @@ from ..training.evaluation import predictor_width
 from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender, contenders
 from .workload import Batch
 
+# A contender this many times slower than our dense run is timed once: it decides nothing, and would take all the time.
+HOPELESS = 5.0
+
 
 @dataclass
 class Row:
@@ -29,7 +32,8 @@ class Row:
     does not read of the last layer, dense or skimming); paper_flops_speedup: the same with every layer in full, as the
     paper counts; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: wall_clock_speedup /
     flops_speedup; agreement: share of predictions equal to the dense model's; median_s: seconds for all batches;
-    spread: (max - min) / median over repeats.
+    spread: (max - min) / median over `repeats`, which is 1 for a contender more than HOPELESS times slower than our
+    dense run.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Row:
     agreement: float
     median_s: float
     spread: float
+    repeats: int
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -61,17 +66,22 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
                 answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
             if contender.name == SKIMMING:
                 layer_lengths.append(records[0].layer_lengths)
-    seconds = time_in_turn(field, batches, repeats)
+    seconds = time_in_turn(field, batches, repeats, KEEP_ALL)
     skimming_of(model).enabled = True
     return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
 
 
-def time_in_turn(field: Sequence[Contender], batches: Sequence[Batch], repeats: int) -> dict[str, list[float]]:
-    """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round."""
+def time_in_turn(
+    field: Sequence[Contender], batches: Sequence[Batch], repeats: int, measure: str
+) -> dict[str, list[float]]:
+    """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round.
+
+    Those more than HOPELESS times slower than the one called `measure` drop out after the first round.
+    """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
     with tqdm(total=repeats * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
         for repeat in range(repeats):
-            totals = dict.fromkeys(seconds, 0.0)
+            totals = {contender.name: 0.0 for contender in field}
             for number, batch in enumerate(batches):
                 turn = (repeat + number) % len(field)
                 for contender in [*field[turn:], *field[:turn]]:
@@ -81,12 +91,15 @@ def time_in_turn(field: Sequence[Contender], batches: Sequence[Batch], repeats: 
                     progress.update()
             for name, total in totals.items():
                 seconds[name].append(total)
+            if repeat == 0:
+                field = [c for c in field if totals[c.name] <= HOPELESS * totals[measure]]
+                progress.total = len(batches) * (len(totals) + (repeats - 1) * len(field))
     return seconds
 
 
 def paired_speedup(baseline: Sequence[float], times: Sequence[float]) -> float:
-    """How many times faster than `baseline`: median over repeats, each compared with its own."""
-    return statistics.median(b / t for b, t in zip(baseline, times, strict=True))
+    """How many times faster than `baseline`: median over the repeats that both have, each compared with its own."""
+    return statistics.median(b / t for b, t in zip(baseline, times, strict=False))
 
 
 def relative_spread(times: Sequence[float]) -> float:
@@ -141,6 +154,7 @@ def _rows(
                 agreement=float((predictions == reference).double().mean()),
                 median_s=statistics.median(times),
                 spread=relative_spread(times),
+                repeats=len(times),
             )
         )
     return rows
