@@ -10,7 +10,8 @@
 // for the weights to stream again for each of them.
 //
 // The micro-kernel is the one of gemm.h in another order: kProductRows rows of x, read in place, times one
-// panel. A row's sums never depend on the other rows, nor on how many there are: same row, same bits.
+// panel. A row's sums never depend on the other rows, nor on how many there are: same row, same bits. Where
+// the instruction set multiplies bf16 in pairs, a bf16 product takes two columns of x at a time (`Pairing`).
 #pragma once
 
 #include "gemm.h"
@@ -31,45 +32,78 @@ constexpr int64_t kRowBlock = 96;
 constexpr int64_t kSumFloats = 32 * 1024;
 constexpr int64_t kLine = 64;
 
-inline int64_t block_count(int64_t n, int64_t block) { return (n + block - 1) / block; }
+constexpr int64_t block_count(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// The block of weights that comes next, fetched evenly while this one is worked on: in `rows_per_step` of
-// every kStep rows of a panel, kLinesPerRow lines.
+// What a step of the micro-kernel takes: kDepth columns of x, and as many rows of a panel of weights T.
+// In fp32, into which other rows of x are widened beforehand:
+template <typename T>
+struct Widening {
+  using Left = float;
+  using Right = T;
+  static constexpr int64_t kDepth = 1;
+  static auto column(const Right* b) { return load(b); }
+  static auto broadcast(const Left* a) { return set1(*a); }
+  template <typename V>
+  static Vec multiply_add(V a, V b, Vec sum) {
+    return fma(a, b, sum);
+  }
+};
+// In bf16 pairs: row k of a panel lies between the elements of row k + 1. For an even number of columns.
+template <typename T>
+struct Pairing {
+  using Left = T;
+  using Right = T;
+  static constexpr int64_t kDepth = 2;
+  static auto column(const Right* b) { return load_pairs(b); }
+  static auto broadcast(const Left* a) { return set1_pair(a); }
+  template <typename V>
+  static Vec multiply_add(V a, V b, Vec sum) {
+    return fma_pairs(a, b, sum);
+  }
+};
+template <typename T>
+constexpr bool is_paired(int64_t in) {
+  return kHasPairs && sizeof(T) == sizeof(bf16) && in % 2 == 0;
+}
+
+// The block of weights that comes next, fetched evenly while this one is worked on: at `steps` of every kTurn
+// steps, kLinesPerStep lines.
 struct Ahead {
   const char* next;
   const char* end;
-  int64_t rows_per_step;
+  int64_t steps;
 };
-constexpr int kStep = 8;
-template <typename T>
-constexpr int64_t kLinesPerRow = (kProductColumns * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
+constexpr int64_t kTurn = 8;
+template <typename Form>
+constexpr int64_t kStepBytes = kProductColumns * Form::kDepth * int64_t{sizeof(typename Form::Right)};
+template <typename Form>
+constexpr int64_t kLinesPerStep = block_count(kStepBytes<Form>, kLine);
 
 // c [kRows, kProductColumns] = a b, or += a b.
-template <int kRows, typename T>
-void product_tile(const float* a, int64_t lda, const T* b, int64_t depth, float* c, int64_t ldc,
-                  bool accumulate, Ahead& ahead) {
+template <int kRows, typename Form>
+void product_tile(const typename Form::Left* a, int64_t lda, const typename Form::Right* b, int64_t depth,
+                  float* c, int64_t ldc, bool accumulate, Ahead& ahead) {
   Vec acc[kRows][kProductVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kProductVecs; ++v) acc[r][v] = zero();
   }
   const char* next = ahead.next;
-  const int64_t fetching = ahead.rows_per_step;
+  const int64_t fetching = ahead.steps, steps = depth / Form::kDepth;
   // One flat loop: with a loop of its own over the lines to be fetched, GCC keeps the sums in memory.
 #pragma GCC unroll 8
-  for (int64_t k = 0; k < depth; ++k, ++a, b += kProductColumns) {
-    if (k % kStep < fetching) {
-      // Past the end of the block it fetches a little of what follows: harmless, and cheaper than a
-      // comparison.
-      for (int64_t i = 0; i < kLinesPerRow<T>; ++i) {
+  for (int64_t k = 0; k < steps; ++k, a += Form::kDepth, b += Form::kDepth * kProductColumns) {
+    if (k % kTurn < fetching) {
+      // Past the end of the block it fetches a little of what follows: harmless, cheaper than a comparison.
+      for (int64_t i = 0; i < kLinesPerStep<Form>; ++i) {
         __builtin_prefetch(next + i * kLine, /*rw=*/0, /*locality=*/2);
       }
-      next += kLinesPerRow<T> * kLine;
+      next += kLinesPerStep<Form> * kLine;
     }
-    Vec column[kProductVecs];
-    for (int v = 0; v < kProductVecs; ++v) column[v] = load(b + v * kLanes);
+    decltype(Form::column(b)) column[kProductVecs];
+    for (int v = 0; v < kProductVecs; ++v) column[v] = Form::column(b + v * kLanes * Form::kDepth);
     for (int r = 0; r < kRows; ++r) {
-      const Vec x = set1(a[r * lda]);
-      for (int v = 0; v < kProductVecs; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+      const auto x = Form::broadcast(a + r * lda);
+      for (int v = 0; v < kProductVecs; ++v) acc[r][v] = Form::multiply_add(x, column[v], acc[r][v]);
     }
   }
   ahead.next = next;
@@ -82,22 +116,23 @@ void product_tile(const float* a, int64_t lda, const T* b, int64_t depth, float*
 }
 
 // From the run-time row count to the instantiation, the full tile first.
-template <int kRows, typename T>
-void product_rows(int rows, const float* a, int64_t lda, const T* b, int64_t depth, float* c, int64_t ldc,
-                  bool accumulate, Ahead& ahead) {
+template <int kRows, typename Form>
+void product_rows(int rows, const typename Form::Left* a, int64_t lda, const typename Form::Right* b,
+                  int64_t depth, float* c, int64_t ldc, bool accumulate, Ahead& ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return product_rows<kRows - 1>(rows, a, lda, b, depth, c, ldc, accumulate, ahead);
+      return product_rows<kRows - 1, Form>(rows, a, lda, b, depth, c, ldc, accumulate, ahead);
     }
   }
-  product_tile<kRows>(a, lda, b, depth, c, ldc, accumulate, ahead);
+  product_tile<kRows, Form>(a, lda, b, depth, c, ldc, accumulate, ahead);
 }
 
-// What a thread is at: some rows of x in fp32, its panels, and the matrices behind them.
-template <typename T>
+// What a thread is at: some rows of x, its panels, and the matrices behind them.
+template <typename Form>
 struct ProductBlock {
+  using T = typename Form::Right;
   const ProductArgs& args;
-  const float* x;  // [rows, lda]
+  const typename Form::Left* x;  // [rows, lda]
   int64_t lda, row, rows;
   float* sums;  // [rows, panels * kProductColumns]
 
@@ -129,22 +164,23 @@ void finish_columns(const ProductArgs& args, const float* sums, int64_t ld, int6
 
 // The rows of `block` times columns [k, k + depth) of x of one panel, strip by strip; `next` is the block of
 // weights to be fetched meanwhile.
-template <typename T>
-void multiply_panel(const ProductBlock<T>& block, int64_t panel, int64_t first_panel, int64_t panels,
-                    int64_t k, int64_t depth, const T* next) {
+template <typename Form>
+void multiply_panel(const ProductBlock<Form>& block, int64_t panel, int64_t first_panel, int64_t panels,
+                    int64_t k, int64_t depth, const typename Form::Right* next) {
   const int64_t strips = block_count(block.rows, kProductRows), ld = panels * kProductColumns;
   const bool last = k + depth == block.args.in;
-  const int64_t bytes = depth * kProductColumns * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = depth / Form::kDepth * kStepBytes<Form>;
   Ahead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next) + bytes,
-              block_count(bytes / depth * kStep, strips * kLinesPerRow<T> * kLine)};
+              block_count(kTurn * kStepBytes<Form>, strips * kLinesPerStep<Form> * kLine)};
   float* sums = block.sums + (panel - first_panel) * kProductColumns;
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t r = block.rows * s / strips, rows = block.rows * (s + 1) / strips - r;
-    if (ahead.next >= ahead.end) ahead.rows_per_step = 0;
-    product_rows<kProductRows>(static_cast<int>(rows), block.x + r * block.lda + k, block.lda,
-                               block.weights(panel, k), depth, sums + r * ld, ld, k > 0, ahead);
+    if (ahead.next >= ahead.end) ahead.steps = 0;
+    product_rows<kProductRows, Form>(static_cast<int>(rows), block.x + r * block.lda + k, block.lda,
+                                     block.weights(panel, k), depth, sums + r * ld, ld, k > 0, ahead);
     if (last) {
-      finish_columns<T>(block.args, sums + r * ld, ld, block.row + r, rows, panel * kProductColumns);
+      finish_columns<typename Form::Right>(block.args, sums + r * ld, ld, block.row + r, rows,
+                                           panel * kProductColumns);
     }
   }
 }
@@ -155,8 +191,8 @@ inline int64_t panel_group(int64_t rows, int64_t in) {
   return in <= kDepthBlock ? 1 : kSumFloats / (rows * kProductColumns);
 }
 
-template <typename T>
-void multiply_block(const ProductBlock<T>& block, int64_t begin, int64_t end) {
+template <typename Form>
+void multiply_block(const ProductBlock<Form>& block, int64_t begin, int64_t end) {
   const int64_t in = block.args.in, group = panel_group(block.rows, in);
   for (int64_t first = begin; first < end; first += group) {
     const int64_t panels = smaller(end - first, group);
@@ -169,7 +205,7 @@ void multiply_block(const ProductBlock<T>& block, int64_t begin, int64_t end) {
                               : more_depth      ? first
                               : panel + 1 < end ? panel + 1
                                                 : begin;
-        const T* next = block.weights(after, more_panels ? k : more_depth ? k + depth : 0);
+        const auto* next = block.weights(after, more_panels ? k : more_depth ? k + depth : 0);
         multiply_panel(block, panel, first, panels, k, depth, next);
       }
     }
@@ -180,9 +216,11 @@ struct ProductScratch {
   float *x, *sums;
 };
 
-// Any row block of a product of `rows` rows, in fp32 if it is not, and its unfinished sums.
-inline ProductScratch carve_product(Carver& carver, const ProductArgs& args, bool widened) {
+// Any row block of a product of `rows` rows, in fp32 where it is to be widened, and its unfinished sums.
+template <typename T>
+ProductScratch carve_product(Carver& carver, const ProductArgs& args) {
   const int64_t rows = smaller(args.rows, kRowBlock);
+  const bool widened = sizeof(T) < sizeof(float) && !is_paired<T>(args.in);
   ProductScratch s;
   s.x = carver.take(widened ? rows * padded(args.in) : 0);
   s.sums = carver.take(args.in <= kDepthBlock ? rows * kProductColumns : kSumFloats);
@@ -192,7 +230,7 @@ inline ProductScratch carve_product(Carver& carver, const ProductArgs& args, boo
 template <typename T>
 int64_t product_scratch(const ProductArgs& args) {
   Carver carver{nullptr};
-  carve_product(carver, args, sizeof(T) < sizeof(float));
+  carve_product<T>(carver, args);
   return carver.used;
 }
 
@@ -200,32 +238,51 @@ int64_t product_scratch(const ProductArgs& args) {
 template <typename T>
 void product(const ProductArgs& args, int64_t begin, int64_t end, float* scratch) {
   Carver carver{scratch};
-  const ProductScratch s = carve_product(carver, args, sizeof(T) < sizeof(float));
+  const ProductScratch s = carve_product<T>(carver, args);
   const int64_t blocks = block_count(args.rows, kRowBlock);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t row = args.rows * b / blocks, rows = args.rows * (b + 1) / blocks - row;
     const T* x = static_cast<const T*>(args.x) + row * args.in;
-    if constexpr (sizeof(T) < sizeof(float)) {
-      pack_rows(x, args.in, rows, args.in, 1.0f, s.x);
-      multiply_block<T>({args, s.x, padded(args.in), row, rows, s.sums}, begin, end);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      multiply_block<Widening<T>>({args, x, args.in, row, rows, s.sums}, begin, end);
     } else {
-      multiply_block<T>({args, x, args.in, row, rows, s.sums}, begin, end);
+      if constexpr (kHasPairs) {
+        if (is_paired<T>(args.in)) {
+          multiply_block<Pairing<T>>({args, x, args.in, row, rows, s.sums}, begin, end);
+          continue;
+        }
+      }
+      pack_rows(x, args.in, rows, args.in, 1.0f, s.x);
+      multiply_block<Widening<T>>({args, s.x, padded(args.in), row, rows, s.sums}, begin, end);
     }
   }
 }
 
-// Panels [begin, end) of a weight [out, in]: panel p is [in, kProductColumns], columns beyond `out` zero.
+// kLanes elements of row k of a panel, in `column` of it.
+template <typename T>
+void store_panel_row(T* panel, int64_t k, int64_t column, Vec row, bool paired) {
+  if (!paired) return store(panel + k * kProductColumns + column, row);
+  T elements[kLanes];
+  store(elements, row);
+  T* first = panel + (k / 2 * kProductColumns + column) * 2 + k % 2;
+  for (int i = 0; i < kLanes; ++i) first[2 * i] = elements[i];
+}
+
+// Panels [begin, end) of a weight [out, in]: panel p is [in, kProductColumns], or, where rows are paired,
+// [in / 2, kProductColumns, 2]; columns beyond `out` are zero.
 template <typename T>
 void pack_panels(const void* weight, int64_t out, int64_t in, int64_t begin, int64_t end, void* panels) {
   for (int64_t o = begin * kProductColumns; o < end * kProductColumns; o += kLanes) {
-    T* dst = static_cast<T*>(panels) + o / kProductColumns * kProductColumns * in + o % kProductColumns;
+    T* panel = static_cast<T*>(panels) + o / kProductColumns * kProductColumns * in;
     for (int64_t k = 0; k < in; k += kLanes) {
       Vec block[kLanes];
       for (int64_t r = 0; r < kLanes; ++r) {
         block[r] = o + r < out ? load_part(static_cast<const T*>(weight) + (o + r) * in + k, in - k) : zero();
       }
       transpose(block);
-      for (int64_t r = 0; r < smaller(in - k, kLanes); ++r) store(dst + (k + r) * kProductColumns, block[r]);
+      for (int64_t r = 0; r < smaller(in - k, kLanes); ++r) {
+        store_panel_row(panel, k + r, o % kProductColumns, block[r], is_paired<T>(in));
+      }
     }
   }
 }

@@ -84,6 +84,9 @@ inline void store_first(bf16* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
+// Twelve sums leave no registers to take pairs apart in.
+constexpr bool kHasPairs = false;
+
 // 8 x 8, in three rounds that interleave elements at distance 1, 2 and 4.
 inline void transpose(Vec r[kLanes]) {
   Vec t[kLanes];

@@ -66,6 +66,21 @@ inline Vec load_first(const bf16* p, int n) { return widen(_mm256_maskz_loadu_ep
 inline void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 inline void store_first(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a)); }
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+inline __m512i load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
+inline __m512i set1_pair(const bf16* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline Vec fma_pairs(__m512i a, __m512i b, Vec c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // 16 x 16, in four rounds that interleave elements at distance 1, 2, 4 and 8.
 inline void transpose(Vec r[kLanes]) {
   Vec t[kLanes];

@@ -9,6 +9,9 @@
 //   max(a, b), min(a, b)                    b where either is a NaN
 //   scale_by_power_of_two(a, n)             a * 2^n for integral n, 0 where that underflows
 //   transpose(r)                            kLanes x kLanes, in place
+// and, if kHasPairs, for products of bf16 two at a time,
+//   load_pairs(p), set1_pair(p)             kLanes pairs, or one pair kLanes times
+//   fma_pairs(a, b, c)                      c + a0 b0 + a1 b1 by lane
 // Everything lies in a namespace per instruction set, and these files use no function of the standard
 // library: the linker keeps one copy of an inline function, and it could be the one compiled for AVX-512.
 #pragma once
@@ -88,6 +91,29 @@ inline void store_first(bf16* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = narrow(a[i]);
 }
 inline void store(bf16* p, Vec a) { store_first(p, a, kLanes); }
+
+constexpr bool kHasPairs = true;
+typedef uint32_t PairVec __attribute__((vector_size(16)));
+inline PairVec load_pairs(const bf16* p) {
+  PairVec a;
+  __builtin_memcpy(&a, p, sizeof a);
+  return a;
+}
+inline PairVec set1_pair(const bf16* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return PairVec{pair, pair, pair, pair};
+}
+// The upper halves of the lanes as floats; the first of a pair is the lower half of a little-endian word.
+inline Vec upper_halves(PairVec a) {
+  const PairVec bits = a & 0xffff0000u;
+  Vec value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline Vec fma_pairs(PairVec a, PairVec b, Vec c) {
+  return fma(upper_halves(a), upper_halves(b), fma(upper_halves(a << 16), upper_halves(b << 16), c));
+}
 
 inline void transpose(Vec r[kLanes]) {
   const Vec a = r[0], b = r[1], c = r[2], d = r[3];

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -170,80 +171,109 @@ void check_norm(int64_t dim) {
   check_close(result, delta, 1e-5 * std::sqrt(static_cast<double>(dim)), "delta", 0);
 }
 
+// Matrices of the type under test, as plain bits, and back in floats.
+template <typename Bits>
+constexpr int kDType = sizeof(Bits) == 4 ? 0 : 1;
+
+template <typename Bits>
+std::vector<Bits> to_bits(const std::vector<float>& values) {
+  std::vector<Bits> bits(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t word;
+    std::memcpy(&word, &values[i], sizeof word);
+    bits[i] = static_cast<Bits>(sizeof(Bits) == 4 ? word : word >> 16);  // bf16: towards zero
+  }
+  return bits;
+}
+
+template <typename Bits>
+float to_float(Bits bits) {
+  const uint32_t word = sizeof(Bits) == 4 ? bits : static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+template <typename Bits>
 struct Panels {
-  Panels(const std::vector<float>& weight, int64_t out, int64_t in)
+  Panels(const std::vector<Bits>& weight, int64_t out, int64_t in)
       : memory(cpu::kernels().product_panels(out) * cpu::kernels().product_columns * in) {
     const cpu::Kernels& k = cpu::kernels();
-    k.pack_panels[0](weight.data(), out, in, 0, k.product_panels(out), memory.data);
+    k.pack_panels[kDType<Bits>](weight.data(), out, in, 0, k.product_panels(out), memory.data);
   }
   Scratch memory;
 };
 
 // y [rows, out], by as many threads as there are panels.
-std::vector<float> multiply(const cpu::Kernels& k, cpu::ProductArgs args) {
-  std::vector<float> y(args.rows * args.out + 1, 7.0f);
+template <typename Bits>
+std::vector<Bits> multiply(const cpu::Kernels& k, cpu::ProductArgs args) {
+  std::vector<Bits> y(args.rows * args.out + 1, 7);
   args.y = y.data();
-  const Scratch scratch(k.product_scratch[0](args));
-  for (int64_t p = 0; p < k.product_panels(args.out); ++p) k.product[0](args, p, p + 1, scratch.data);
-  CHECK(y.back() == 7.0f, "a product of %lld rows wrote behind its output",
-        static_cast<long long>(args.rows));
+  const Scratch scratch(k.product_scratch[kDType<Bits>](args));
+  for (int64_t p = 0; p < k.product_panels(args.out); ++p) {
+    k.product[kDType<Bits>](args, p, p + 1, scratch.data);
+  }
+  CHECK(y.back() == 7, "a product of %lld rows wrote behind its output", static_cast<long long>(args.rows));
   y.pop_back();
   return y;
 }
 
+template <typename Bits>
 void check_product(int64_t rows, int64_t in, int64_t out, bool gelu) {
-  const std::vector<float> w = random_floats(out * in, 9), bias = random_floats(out, 10);
-  std::vector<float> x = random_floats(rows * in, 11);
+  const auto w = to_bits<Bits>(random_floats(out * in, 9)), bias = to_bits<Bits>(random_floats(out, 10));
+  auto x = to_bits<Bits>(random_floats(rows * in, 11));
   const cpu::Kernels& k = cpu::kernels();
-  const Panels panels(w, out, in);
+  const Panels<Bits> panels(w, out, in);
   const cpu::ProductArgs args{rows, in, out, x.data(), panels.memory.data, bias.data(), gelu, nullptr};
-  const std::vector<float> y = multiply(k, args);
+  const std::vector<Bits> y = multiply<Bits>(k, args);
+  const double rounding = sizeof(Bits) == 4 ? 0 : 1.0 / 256;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t o = 0; o < out; ++o) {
-      double z = bias[o];
-      for (int64_t d = 0; d < in; ++d) z += double{x[i * in + d]} * w[o * in + d];
+      double z = to_float(bias[o]);
+      for (int64_t d = 0; d < in; ++d) z += double{to_float(x[i * in + d])} * to_float(w[o * in + d]);
       if (gelu) z *= 0.5 * (1 + std::erf(z / std::sqrt(2.0)));
-      check_close(y[i * out + o], z, 1e-6 * std::sqrt(static_cast<double>(in)), "product", i * out + o);
+      check_close(to_float(y[i * out + o]), z, 1e-6 * std::sqrt(static_cast<double>(in)) + rounding,
+                  "product", i * out + o);
     }
   }
   // The same bits in one piece, and for a row whatever stands in the others and however many they are.
-  std::vector<float> whole(rows * out);
+  std::vector<Bits> whole(rows * out);
   cpu::ProductArgs piece = args;
   piece.y = whole.data();
-  const Scratch scratch(k.product_scratch[0](piece));
-  k.product[0](piece, 0, k.product_panels(out), scratch.data);
+  const Scratch scratch(k.product_scratch[kDType<Bits>](piece));
+  k.product[kDType<Bits>](piece, 0, k.product_panels(out), scratch.data);
   CHECK(whole == y, "%lld rows", static_cast<long long>(rows));
   if (rows < 2) return;
-  std::fill(x.begin(), x.begin() + in, std::nanf(""));
-  std::vector<float> spoilt = multiply(k, args);
+  std::fill(x.begin(), x.begin() + in, to_bits<Bits>({std::nanf("")})[0]);
+  const std::vector<Bits> spoilt = multiply<Bits>(k, args);
   CHECK(std::equal(y.begin() + out, y.end(), spoilt.begin() + out), "a NaN in row 0 is seen in others");
-  CHECK(std::isnan(spoilt[0]), "a NaN got lost");
+  CHECK(std::isnan(to_float(spoilt[0])), "a NaN got lost");
   piece = args;
   piece.x = x.data() + (rows - 1) * in, piece.rows = 1, piece.bias = bias.data();
-  const std::vector<float> last = multiply(k, piece);
+  const std::vector<Bits> last = multiply<Bits>(k, piece);
   CHECK(std::equal(last.begin(), last.end(), y.end() - out), "the last of %lld rows",
         static_cast<long long>(rows));
 }
 
 void check_products() {
   for (int64_t rows : {1, 2, 5, 7, 13, 97}) {
-    for (int64_t in : {1, 9, 256, 263, 800}) {
-      for (int64_t out : {1, 16, 33, 100}) check_product(rows, in, out, (rows + in + out) % 2 == 0);
+    for (int64_t in : {1, 2, 9, 256, 263, 264, 800}) {
+      for (int64_t out : {1, 16, 33, 100}) {
+        check_product<uint32_t>(rows, in, out, (rows + in + out) % 2 == 0);
+        check_product<uint16_t>(rows, in, out, (rows + in + out) % 2 == 0);
+      }
     }
   }
-  check_product(200, 768, 144, true);
+  check_product<uint32_t>(200, 768, 144, true);
+  check_product<uint16_t>(200, 768, 144, true);
   // bf16: powers of two and their sums are exact.
   const uint16_t one = 0x3f80, half = 0x3f00, two = 0x4000, three = 0x4040;
-  const uint16_t x[] = {one, two, half, half}, weight[] = {one, one, two, half}, bias[] = {0, half};
-  uint16_t y[4];
-  const cpu::Kernels& k = cpu::kernels();
-  const Scratch panels(k.product_columns * 2);
-  k.pack_panels[1](weight, 2, 2, 0, 1, panels.data);
-  const cpu::ProductArgs args{2, 2, 2, x, panels.data, bias, false, y};
-  const Scratch scratch(k.product_scratch[1](args));
-  k.product[1](args, 0, 1, scratch.data);
-  CHECK(y[0] == three && y[1] == 0x4060 && y[2] == one && y[3] == 0x3fe0, "%04x %04x %04x %04x", y[0], y[1],
-        y[2], y[3]);
+  const std::vector<uint16_t> x{one, two, half, half}, weight{one, one, two, half}, bias{0, half};
+  const Panels<uint16_t> panels(weight, 2, 2);
+  const std::vector<uint16_t> y = multiply<uint16_t>(
+      cpu::kernels(), {2, 2, 2, x.data(), panels.memory.data, bias.data(), false, nullptr});
+  CHECK((y == std::vector<uint16_t>{three, 0x4060, one, 0x3fe0}), "%04x %04x %04x %04x", y[0], y[1], y[2],
+        y[3]);
 }
 
 // The widening and rounding of bf16, by normalising a row of 1 and -1, whose normal form is itself.

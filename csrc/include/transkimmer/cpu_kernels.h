@@ -73,7 +73,7 @@ struct GeluDotArgs {
 struct ProductArgs {
   int64_t rows, in, out;
   const void* x;       // [rows, in]
-  const void* panels;  // [product_panels(out), in, product_columns], of x's type
+  const void* panels;  // [product_panels(out), in, product_columns], of x's type, as pack_panels leaves them
   const void* bias;    // [out] or null
   bool gelu;
   void* y;  // [rows, out]
@@ -104,7 +104,7 @@ struct Kernels {
 };
 
 // The table for this machine, chosen at the first call; the environment variable TRANSKIMMER_CPU_ISA
-// (generic, avx2 or avx512) overrides the choice. Throws std::runtime_error if that names something else, or
+// (generic, avx2, avx512 or avx512bf16) overrides the choice. Throws std::runtime_error if that names something else, or
 // an instruction set that this machine or this build does not have.
 const Kernels& kernels();
 
