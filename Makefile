@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | check | gpu-check | clean. Everything happens in .venv; PYTHON chooses its interpreter.
+# make setup | demo | test | lint | check | report | gpu-check | clean. Everything happens in .venv; PYTHON chooses its interpreter.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) \
           $(shell find csrc -path csrc/tests -prune -o -type f -print)
 
-.PHONY: setup demo test lint check gpu-check clean
+.PHONY: setup demo test lint check report gpu-check clean
 setup: .venv/.installed
 
 .venv/.python: Makefile
@@ -62,6 +62,10 @@ lint: setup
 
 check: lint
 	@$(MAKE) --no-print-directory test
+
+# Tables and plots of README and docs, from benchmarks/results.
+report: setup
+	$(BIN)/python -m benchmarks.report
 
 # Needs no setup and no network (docs/gpu-check.md): the checkout is used as it is, by PYTHON where that is given, else
 # by .venv's where there is one. ARGS are the command's own.

@@ -1,6 +1,11 @@
-"""Renders the stored results into the README, between its markers; `--check` fails where the two differ.
+"""Renders the stored results into README and docs, and their plots; `--check` fails where these are not current.
 
-python benchmarks/report.py [--check]
+    python -m benchmarks.report [--check]     # or: make report
+
+Two kinds of results: single runs of `transkimmer bench` in files named after them, which have tables of their own here,
+and the dated files that `bench model`, `bench training` and `profile` add to with `--results` (`runs.py`,
+`model_tables.py`, `plots.py`). Figures within the text are those that `quoted.py` finds tagged. Checking needs no
+matplotlib: a plot holds the hash of what it shows.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import model_tables, plots, quoted, runs
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu"
 AVX2 = ROOT / "benchmarks/results/cpu-avx2"
 README = ROOT / "README.md"
-START, END = "<!-- results: start -->", "<!-- results: end -->"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
 COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficiency**")
 PADDED, PLAIN, OURS, SKIMMING = range(4)  # order of a result's rows
@@ -74,7 +80,7 @@ def peer_lines() -> list[str]:
     for name in names:
         speeds = (_speed(rows, name) for rows in results.values())
         lines.append(_line([name, *(f"{speed:.2f}" if speed else "–" for speed in speeds)]))
-    return [*lines, "", "BERT-base shape, batch 16; `python benchmarks/peers.py`, with versions in its results."]
+    return [*lines, "", "BERT-base shape, batch 16, with versions in `benchmarks/results/cpu/peers-*.json`."]
 
 
 def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -107,19 +113,41 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def between(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{content}{end}{after}"
+
+
+def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
+    """Every page with generated parts -> what it has to be."""
+    devices = runs.load(results)
+    readme = between(README.read_text(encoding="utf-8"), "results", table() + "\n")
+    found = {README: between(readme, "headline", model_tables.headline(devices))}
+    if devices:
+        found[ROOT / "docs/results.md"] = model_tables.page(devices)
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        found.setdefault(path, path.read_text(encoding="utf-8"))
+    return {path: quoted.refresh(text, results) for path, text in found.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    rendered = f"{before}{START}\n{table()}\n{END}{after}"
+    figures = plots.figures(runs.load(RESULTS.parent))
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    stale += [ROOT / figure.path for figure in figures if not figure.is_current(ROOT)]
     if arguments.check:
-        if rendered != text:
-            print("README.md: its results are not the stored ones; run: python benchmarks/report.py", file=sys.stderr)
-        return int(rendered != text)
-    README.write_text(rendered, encoding="utf-8")
+        for path in stale:
+            print(f"{path.relative_to(ROOT)}: is not what the stored results say; run: make report", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    for figure in figures:
+        figure.draw(ROOT)
     return 0
 
 

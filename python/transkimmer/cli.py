@@ -13,6 +13,7 @@ from . import __version__
 
 def build_parser() -> argparse.ArgumentParser:
     from .bench import command as bench
+    from .bench import profiling
     from .demo import train as demo_train
 
     parser = argparse.ArgumentParser(prog="transkimmer", description=__doc__)
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module, text in (
         ("bench", bench, "time dense against skimming, side by side, on real text"),
+        ("profile", profiling, "where a forward's time goes: by operator, by layer, and between kernels"),
         ("train-demo", demo_train, "train the demo model anew from the pretrained MiniLM"),
     ):
         sub = commands.add_parser(name, help=text, description=text)

@@ -150,11 +150,11 @@ def _prepare_layer(
         norm2_weight=norm2.weight.to(dtype),
         norm2_bias=norm2.bias.to(dtype),
         norm2_eps=norm2.eps,
-        activation="gelu" if _is_exact_gelu(activation) else activation,
+        activation="gelu" if is_exact_gelu(activation) else activation,
     )
 
 
-def _is_exact_gelu(activation: object) -> bool:
+def is_exact_gelu(activation: object) -> bool:
     exact_module = isinstance(activation, nn.GELU) and activation.approximate == "none"
     return exact_module or type(activation) is GELUActivation or activation is nn.functional.gelu
 

@@ -18,12 +18,12 @@ from transkimmer_kernels import native
 from transkimmer_kernels.files import write_whole
 
 from ..config import SkimConfig
-from ..data import TokenizedSentences, padded_batches, read_sst2, sample_path
+from ..data import read_sst2, sample_path
 from ..skimming import add_skimming
 from . import show, workload
 from .timing import Row, compare
+from .workload import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SENTENCES = 8
 
 
@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write what is printed as one HTML page")
+    from .model_command import add_commands  # its results hold `environment`
+
+    add_commands(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,12 +75,7 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
 
     model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
     sentences = read_sst2(sample_path())
-    examples = TokenizedSentences(sentences, tokenizer)
-    batches = []
-    for batch in padded_batches(examples, tokenizer, arguments.batch_size or 32):
-        labels = batch.pop("labels")
-        batches.append(workload.Batch(batch, batch["attention_mask"].sum(1), labels))
-    batches = batches[: arguments.batches]
+    batches = workload.demo_batches(tokenizer, arguments.batch_size or 32, arguments.batches)
     rows = compare(model, batches, arguments.repeats)
     count = sum(batch.lengths.numel() for batch in batches)
     title = (

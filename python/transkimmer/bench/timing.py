@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,6 +22,20 @@ from .workload import Batch
 
 # A contender this many times slower than our dense run is timed once: it decides nothing, and would take all the time.
 HOPELESS = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a contender is timed no further; one round everybody gets.
+
+    slow: after one that took so many times as long as the measure's; budget_s: when all of them together took so long.
+    """
+
+    slow: float = HOPELESS
+    budget_s: float = math.inf
+
+
+_LIMITS = Limits()
 
 
 @dataclass
@@ -72,11 +87,17 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
 
 
 def time_in_turn(
-    field: Sequence[Contender], batches: Sequence[Batch], repeats: int, measure: str
+    field: Sequence[Contender],
+    batches: Sequence[Batch],
+    repeats: int,
+    measure: str,
+    limits: Limits = _LIMITS,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round.
 
-    Those more than HOPELESS times slower than the one called `measure` drop out after the first round.
+    Those that are too slow, compared with the one called `measure` or with their budget, drop out. A call is over when
+    `device` has finished.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
     with tqdm(total=repeats * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
@@ -85,16 +106,26 @@ def time_in_turn(
             for number, batch in enumerate(batches):
                 turn = (repeat + number) % len(field)
                 for contender in [*field[turn:], *field[:turn]]:
+                    synchronize(device)
                     start = time.perf_counter()
                     contender.run(batch.inputs)
+                    synchronize(device)
                     totals[contender.name] += time.perf_counter() - start
                     progress.update()
             for name, total in totals.items():
                 seconds[name].append(total)
-            if repeat == 0:
-                field = [c for c in field if totals[c.name] <= HOPELESS * totals[measure]]
-                progress.total = len(batches) * (len(totals) + (repeats - 1) * len(field))
+            slowest = limits.slow * seconds[measure][0]
+            field = [c for c in field if seconds[c.name][0] <= slowest and sum(seconds[c.name]) < limits.budget_s]
+            progress.total = progress.n + len(batches) * (repeats - 1 - repeat) * len(field)
+            if not field:
+                break
     return seconds
+
+
+def synchronize(device: str) -> None:
+    """Waits until `device` ("cpu" or "cuda") has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def paired_speedup(baseline: Sequence[float], times: Sequence[float]) -> float:

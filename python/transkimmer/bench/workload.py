@@ -16,14 +16,22 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
+from ..data import TokenizedSentences, padded_batches, read_sst2, sample_path
 from ..skimming import CONFIG_KEY
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 # Model shapes that need no weights: what a matrix product costs does not depend on the numbers in it.
-RANDOM_SHAPES = {"bert-base-shape": BertConfig(), "bert-large-shape": BertConfig(
-    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-)}  # fmt: skip
+RANDOM_SHAPES = {
+    "bert-base-shape": BertConfig(),
+    "bert-large-shape": BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+    "e5-small-shape": BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536),
+}
 
 # Keep ratio per layer, rho ** (l + 1), fitted to the padding-free speedups that the paper reports on its tasks
 # (Transkimmer, Table 3, BERT-base; at most the mean length given there). Synthetic: no predictor decided them.
@@ -51,6 +59,10 @@ class Batch:
     inputs: dict[str, Tensor]
     lengths: Tensor
     labels: Tensor | None = None
+
+    def to(self, device: str) -> Batch:
+        """With the inputs on `device`; lengths and labels stay on the host."""
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.lengths, self.labels)
 
 
 def parse_schedule(text: str, layers: int) -> list[float]:
@@ -113,4 +125,16 @@ def random_batches(lengths: Sequence[int], batch_size: int, count: int, vocabula
         mask = (torch.arange(int(chosen.max())) < chosen[:, None]).long()
         ids = torch.randint(min(1000, vocabulary // 2), vocabulary, mask.shape, generator=generator) * mask
         batches.append(Batch({"input_ids": ids, "attention_mask": mask}, chosen))
+    return batches
+
+
+def demo_batches(tokenizer: PreTrainedTokenizerBase, batch_size: int, count: int | None = None) -> list[Batch]:
+    """The SST-2 development sentences in the order of their file, `count` batches of them, with labels."""
+    examples = TokenizedSentences(read_sst2(sample_path()), tokenizer)
+    batches = []
+    for inputs in padded_batches(examples, tokenizer, batch_size):
+        labels = inputs.pop("labels")
+        batches.append(Batch(inputs, inputs["attention_mask"].sum(1), labels))
+        if len(batches) == count:
+            break
     return batches

@@ -1,0 +1,151 @@
+"""Markdown of the dated runs: the README's headline and docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from . import plots
+from .runs import Device, Row, Workload, short_name
+
+SKIMMING = "skimming"
+OURS = "dense, padding-free (ours)"
+PADDED = "dense, padded (Hugging Face SDPA)"
+HEADLINE_MODEL = "bert-base-shape"
+NOTHING = "–"
+
+_HEADS = ("model", "lengths", "decisions", "dtype", "batch", "FLOPs ×", "wall-clock ×", "**skim efficiency**", "spread")
+_HEADS += ("× fastest of the others", "× padded HF", "roofline", "difference")
+
+
+def headline(devices: Sequence[Device]) -> str:
+    """Of each device: the plot of the speedups, and the table's rows of BERT-base at its largest batch."""
+    parts = []
+    for device in devices:
+        groups = [group for group in device.groups("model") if group[0]["model"] == HEADLINE_MODEL]
+        if not groups:
+            continue
+        largest = max(workload["batch_size"] for workload, _ in groups)
+        lines = efficiency_lines([group for group in groups if group[0]["batch_size"] == largest])
+        parts += [*_images(device, ("speedup",), "docs/"), *lines, "", where(device), ""]
+    if parts:
+        parts += ["More workloads, every peer, memory and training: [docs/results.md](docs/results.md).", ""]
+    return "\n".join(parts)
+
+
+def page(devices: Sequence[Device]) -> str:
+    parts = [
+        "# Results",
+        "",
+        "Generated from `benchmarks/results` by `make report`; `docs/benchmarks.md` says how.",
+        "",
+    ]
+    for device in devices:
+        parts += [f"## {device.name}", "", where(device), ""]
+        models = device.groups("model")
+        if models:
+            parts += ["### Skimming against dense", "", *efficiency_lines(models), ""]
+            parts += _images(device, ("speedup", "latency", "roofline"), "")
+            parts += ["### Everybody, in tokens per second", "", *_matrix(models, _tokens), ""]
+            parts += ["### Everybody, in MiB at their peak", "", *_matrix(models, _memory), ""]
+            parts += [*_left_out(models), ""]
+        if device.groups("training"):
+            parts += ["### A training step", "", *training_lines(device), ""]
+        if device.groups("profile"):
+            parts += ["### By layer", "", *_images(device, ("layers",), "")]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def where(device: Device) -> str:
+    environment = list(device.environments.values())[-1]
+    commits = ", ".join(device.environments)
+    return (
+        f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; "
+        f"`transkimmer bench model`, commit {commits}."
+    )
+
+
+def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[str]:
+    """A line per workload on which skimming was timed."""
+    lines = head(_HEADS)
+    for workload, rows in groups:
+        skimming = rows.get(SKIMMING)
+        if skimming is None or skimming["note"] is not None:
+            continue
+        others = {name: times for name, times in skimming["speedups"].items() if name != OURS}
+        fastest = min(others, key=lambda name: others[name], default=None)
+        lines.append(
+            line(
+                [
+                    *_names(workload),
+                    f"{skimming['executed_flops_speedup']:.2f}",
+                    f"{skimming['wall_clock_speedup']:.2f}",
+                    f"**{skimming['skim_efficiency']:.2f}**",
+                    f"{skimming['spread']:.0%}",
+                    NOTHING if fastest is None else f"{others[fastest]:.2f} ({short_name(fastest)})",
+                    f"{others[PADDED]:.2f}" if PADDED in others else NOTHING,
+                    f"{skimming['roofline_share']:.0%}",
+                    f"{skimming['max_difference']:.0e}",
+                ]
+            )
+        )
+    return lines
+
+
+def training_lines(device: Device) -> list[str]:
+    heads = ("model", "lengths", "dtype", "batch", "contender", "step", "spread", "speed", "peak MiB")
+    lines = head(heads)
+    for workload, rows in device.groups("training"):
+        first = next(iter(rows.values()))
+        for name, row in rows.items():
+            step = 1e3 * row["median_s"] / workload["batches"]
+            speed = row["speedups"].get(first["contender"], 1.0)
+            names = [workload["model"], workload["lengths"], workload["dtype"], str(workload["batch_size"]), name]
+            lines.append(line([*names, f"{step:.0f} ms", f"{row['spread']:.0%}", f"{speed:.2f}", _memory(row)]))
+    return [*lines, "", "Speed is over the first contender of the workload; a step is forward, backward and AdamW."]
+
+
+def _names(workload: Workload) -> list[str]:
+    decisions = "learned" if workload["schedule"] is None else f"synthetic, {workload['schedule']}"
+    return [workload["model"], workload["lengths"], decisions, workload["dtype"], str(workload["batch_size"])]
+
+
+def _matrix(groups: Sequence[tuple[Workload, dict[str, Row]]], cell: Callable[[Row], str]) -> list[str]:
+    """A line per workload, a column per contender that was timed anywhere; `*`: timed once only, for being slow."""
+    timed = [name for _, rows in groups for name, row in rows.items() if row["note"] is None]
+    names = list(dict.fromkeys(timed))
+    lines = head(["model", "lengths", "dtype", "batch", *map(short_name, names)])
+    for workload, rows in groups:
+        cells = [workload["model"], workload["lengths"], workload["dtype"], str(workload["batch_size"])]
+        for name in names:
+            row = rows.get(name)
+            cells.append(NOTHING if row is None or row["note"] is not None else cell(row))
+        lines.append(line(cells))
+    return lines
+
+
+def _tokens(row: Row) -> str:
+    return f"{row['tokens_per_s']:,.0f}{'*' if row['repeats'] == 1 else ''}"
+
+
+def _memory(row: Row) -> str:
+    return NOTHING if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
+
+
+def _left_out(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[str]:
+    """Why contenders have no figures, each reason once."""
+    notes = {f"- {name}: {row['note']}" for _, rows in groups for name, row in rows.items() if row["note"] is not None}
+    return ["`*`: slow, timed once.", *(["Not timed:", "", *sorted(notes)] if notes else [])]
+
+
+def _images(device: Device, names: Iterable[str], folder: str) -> list[str]:
+    drawn = {figure.name: figure for figure in plots.figures([device])}
+    found = [drawn[name] for name in names if name in drawn]
+    return [text for figure in found for text in (f"![{figure.title}]({folder}plots/{figure.path.name})", "")]
+
+
+def head(cells: Sequence[str]) -> list[str]:
+    return [line(cells), line(["---"] * len(cells))]
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,61 @@
+"""The dated runs under `benchmarks/results/<device>/`: of every workload and contender the newest row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Workload = dict[str, Any]
+
+
+@dataclass
+class Device:
+    """What was measured on one device. environments: of the runs, by commit, the newest last."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def groups(self, kind: str) -> list[tuple[Workload, dict[str, Row]]]:
+        """(workload, contender -> row) in a stable order: model, dtype, lengths, batch size."""
+        found: dict[str, tuple[Workload, dict[str, Row]]] = {}
+        for row in self.of_kind(kind):
+            key = json.dumps(row["workload"], sort_keys=True)
+            found.setdefault(key, (row["workload"], {}))[1][row["contender"]] = row
+        return sorted(found.values(), key=lambda group: order(group[0]))
+
+
+def order(workload: Workload) -> tuple[Any, ...]:
+    return workload["model"], workload["dtype"] != "fp32", workload["lengths"], workload["batch_size"]
+
+
+def load(folder: Path) -> list[Device]:
+    """One `Device` for every folder that holds dated runs."""
+    devices = []
+    for path in sorted(folder.iterdir()):
+        documents = [json.loads(file.read_text(encoding="utf-8")) for file in path.glob("2???-??-??-*.json")]
+        if documents:
+            devices.append(merge(path.name, documents))
+    return devices
+
+
+def merge(name: str, documents: Iterable[dict[str, Any]]) -> Device:
+    device, newest = Device(name), {}
+    for document in sorted(documents, key=lambda document: document["date"]):
+        device.environments[document["commit"]] = document["environment"]
+        for row in document["rows"]:
+            newest[json.dumps([row["kind"], row["workload"], row["contender"]], sort_keys=True)] = row
+    device.rows = list(newest.values())
+    return device
+
+
+def short_name(contender: str) -> str:
+    """For the head of a column or a legend: `dense, padded (OpenVINO)` -> `OpenVINO`, `dense, ... (ours)` -> `ours`."""
+    return contender.partition("(")[2].removesuffix(")") or contender

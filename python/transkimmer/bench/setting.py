@@ -1,0 +1,144 @@
+"""What `bench model`, `bench training` and `profile` run on: a model, lengths, a batch size, a dtype."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..config import SkimConfig
+from ..skimming import add_skimming, remove_skimming
+from . import workload
+from .peers import Subject
+from .workload import DTYPES, Batch
+
+DEMO, DEMO_LENGTHS = "demo", "sst2-dev"
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A workload by names. `schedule`: of `workload.SCHEDULES`, or numbers; None where decisions are learned.
+
+    batches: so many different ones, at most, which the runs rotate over.
+    """
+
+    model: str
+    lengths: str
+    schedule: str | None
+    batch_size: int
+    batches: int
+    dtype: str
+    device: str
+    threads: int
+
+    @property
+    def decisions(self) -> str:
+        return "learned" if self.schedule is None else "synthetic"
+
+    def __str__(self) -> str:
+        schedule = "learned decisions" if self.schedule is None else f"synthetic schedule {self.schedule}"
+        where = f"{self.threads} threads" if self.device == "cpu" else self.device
+        return (
+            f"{self.model}, lengths of {self.lengths}, {schedule}; {self.dtype}, "
+            f"{self.batches} batches of {self.batch_size}, {where}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"decisions": self.decisions}
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, many: bool) -> None:
+    """The arguments of a workload; with `many`, lengths, batch sizes and dtypes take several values each."""
+    several: dict[str, Any] = {"nargs": "+"} if many else {}
+
+    def default(*values: Any) -> Any:
+        return list(values) if many else values[0]
+
+    shapes = ", ".join(workload.RANDOM_SHAPES)
+    parser.add_argument("--model", default="bert-base-shape", help=f"demo, {shapes} (random weights), hub name, folder")
+    known = sorted(workload.known_lengths())
+    parser.add_argument(
+        "--lengths", choices=known, default=default("mrpc"), **several, help="real token counts; the demo has its own"
+    )
+    parser.add_argument(
+        "--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; default: that of the lengths"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=default(*((1, 8, 32) if many else (32,))), **several)
+    parser.add_argument(
+        "--batches", type=_positive, help="different batches to rotate over; default 4, or 16 sequences if that is more"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=default("fp32"), **several)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
+    )
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--threads", type=_positive, help="CPU threads; default: torch's own choice")
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
+    """Every combination of what `add_arguments` has taken; sets the number of threads.
+
+    Raises:
+        ValueError: --device cuda without one, or a schedule for the demo, whose decisions are learned.
+    """
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    demo = arguments.model == DEMO
+    if demo and arguments.schedule:
+        raise ValueError(f"--schedule {arguments.schedule}: the demo model's decisions are learned")
+    every_lengths = [DEMO_LENGTHS] if demo else _listed(arguments.lengths)
+    for dtype, lengths, size in product(_listed(arguments.dtype), every_lengths, _listed(arguments.batch_size)):
+        yield Setting(
+            model=arguments.model,
+            lengths=lengths,
+            schedule=None if demo else arguments.schedule or lengths,
+            batch_size=size,
+            batches=arguments.batches or max(4, 16 // size),
+            dtype=dtype,
+            device=device,
+            threads=torch.get_num_threads(),
+        )
+
+
+def prepare(setting: Setting, kernels: str) -> tuple[Setting, Subject, list[Batch]]:
+    """The setting with the number of batches there are, the models, and the batches on the device."""
+    if setting.model == DEMO:
+        from ..demo import load_demo
+
+        skimming, tokenizer = load_demo(kernels=kernels)
+        dense = remove_skimming(copy.deepcopy(skimming))
+        batches = workload.demo_batches(tokenizer, setting.batch_size, setting.batches)
+    else:
+        dense = workload.load_model(setting.model)
+        longest = min(MAX_LENGTH, dense.config.max_position_embeddings)
+        lengths = workload.lengths_of(setting.lengths, None, longest)
+        batches = workload.random_batches(lengths, setting.batch_size, setting.batches, dense.config.vocab_size)
+        ratios = workload.parse_schedule(setting.schedule or "", dense.config.num_hidden_layers)
+        skimming = add_skimming(copy.deepcopy(dense), SkimConfig(schedule=ratios), kernels=kernels).eval()
+    models: list[Any] = [dense, skimming]
+    dense, skimming = (model.to(setting.device) for model in models)
+    subject = Subject(setting.model, dense, skimming, setting.decisions)
+    batches = [batch.to(setting.device) for batch in batches]
+    return replace(setting, batches=len(batches)), subject, batches
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value

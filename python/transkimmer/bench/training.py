@@ -1,0 +1,205 @@
+"""`bench training`: a training step of dense fine-tuning, of skimming by masks as published, and of ours.
+
+Every contender has its own copy of the weights and takes whole steps: forward, backward, AdamW. Dropout is the model's,
+but none falls on attention probabilities, where ours has none. What is skimmed does not matter: in training every token
+stays in the batch, with a weight of 0 if it is skimmed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import architecture_of, encoder_of
+from ..predictor import KEEP, SKIM, SkimPredictor
+from ..skimming import skimming_of
+from .contenders import Contender
+from .counters import PeakMemory
+from .field import TOLERANCES
+from .masked import PublishedTraining
+from .peers import Subject
+from .setting import Setting
+from .timing import Limits, paired_speedup, relative_spread, time_in_turn
+from .workload import DTYPES, Batch
+
+KIND = "training"
+DENSE = "dense, padded (Hugging Face SDPA)"
+DENSE_PACKED = "dense, packed (ours)"
+PUBLISHED = "skimming by masks, padded (as published)"
+PACKED = "skimming, packed (ours)"
+_LEARNING_RATE = 1e-5
+_KEEP_ALL_LOGIT = 50.0  # far enough that no draw skims
+
+Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+@dataclass
+class Learner:
+    """Somebody who trains. model: what has the parameters; loss: (inputs, labels [batch]) -> scalar, differentiable."""
+
+    name: str
+    model: nn.Module
+    loss: Loss
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE)
+
+    def step(self, inputs: dict[str, Tensor]) -> Tensor:
+        loss = self.loss(inputs, labels_of(inputs))
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def _dense(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
+    model: Any = copy.deepcopy(subject.dense)
+    model.set_attn_implementation("sdpa")
+    architecture = architecture_of(model)
+    for layer in architecture.layers(encoder_of(model)):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Dropout) and name not in (
+                architecture.attention_dropout,
+                architecture.ffn_dropout,
+            ):
+                module.p = 0.0  # that on attention probabilities
+    return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
+
+
+def _ours(enabled: bool) -> Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]:
+    def make(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
+        model: Any = copy.deepcopy(subject.skimming)
+        skimming_of(model).enabled = enabled
+        return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
+
+    return make
+
+
+def _published(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
+    skimming = skimming_of(subject.skimming)
+    dense: Any = copy.deepcopy(subject.dense)
+    published = PublishedTraining(dense, copy.deepcopy(skimming.predictors), skimming.config.temperature)
+    model: Any = published.model
+
+    def loss(inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        task = model(**inputs, labels=labels).loss
+        assert published.skim_loss is not None
+        return task + skimming.config.skim_weight * published.skim_loss
+
+    return model.to(dtype=dtype), loss
+
+
+# name -> maker, in the order of the table. Those that skim have their skim weight in the loss.
+LEARNERS: dict[str, Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]] = {
+    DENSE: _dense,
+    DENSE_PACKED: _ours(False),
+    PUBLISHED: _published,
+    PACKED: _ours(True),
+}
+_SKIMS = (PUBLISHED, PACKED)
+
+
+def measure(
+    setting: Setting, subject: Subject, batches: Sequence[Batch], repeats: int, limits: Limits
+) -> list[dict[str, Any]]:
+    """A row per learner: kind, workload, tokens, contender, seconds, repeats, median_s (for all batches, a step each),
+    spread, tokens_per_s, speedups, peak_memory, max_difference, tolerance.
+
+    Raises:
+        ValueError: a learner's loss, with nothing skimmed and no dropout, is not the dense model's.
+    """
+    dtype = DTYPES[setting.dtype]
+    expected = [float(loss) for loss in _reference_losses(subject, batches)]
+    learners: list[Learner] = []
+    differences: dict[str, float] = {}
+    memory: dict[str, int | None] = {}
+    for name, make in LEARNERS.items():
+        watch = PeakMemory(setting.device)
+        learner = Learner(name, *make(subject, dtype))
+        weight = skimming_of(subject.skimming).config.skim_weight if name in _SKIMS else 0.0
+        differences[name] = _check(learner, batches, [loss + weight for loss in expected], setting)
+        watch.reset()
+        for batch in batches:
+            learner.step(batch.inputs)
+        memory[name] = watch.peak()
+        learners.append(learner)
+    field = [Contender(learner.name, learner.step) for learner in learners]
+    seconds = time_in_turn(field, batches, repeats, DENSE_PACKED, limits, setting.device)
+    tokens = sum(int(batch.lengths.sum()) for batch in batches)
+    return [
+        {
+            "kind": KIND,
+            "workload": setting.to_dict(),
+            "tokens": tokens,
+            "contender": name,
+            "seconds": times,
+            "repeats": len(times),
+            "median_s": statistics.median(times),
+            "spread": relative_spread(times),
+            "tokens_per_s": tokens / statistics.median(times),
+            "speedups": {other: paired_speedup(theirs, times) for other, theirs in seconds.items() if other != name},
+            "peak_memory": memory[name],
+            "max_difference": differences[name],
+            "tolerance": TOLERANCES[setting.dtype],
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def labels_of(inputs: dict[str, Tensor]) -> Tensor:
+    """Class 0 and class 1 in turn: what is learned does not matter here."""
+    ids = inputs["input_ids"]
+    return torch.arange(ids.size(0), device=ids.device) % 2
+
+
+@torch.no_grad()
+def _reference_losses(subject: Subject, batches: Sequence[Batch]) -> list[Tensor]:
+    model: Any = copy.deepcopy(subject.dense).eval()
+    model.set_attn_implementation("eager")
+    return [model(**batch.inputs, labels=labels_of(batch.inputs)).loss for batch in batches]
+
+
+@torch.no_grad()
+def _check(learner: Learner, batches: Sequence[Batch], expected: Sequence[float], setting: Setting) -> float:
+    """Largest relative difference of a loss from the expected one."""
+    with _dropout_off(learner.model), _keeping_all(learner.model):
+        losses = [float(learner.loss(batch.inputs, labels_of(batch.inputs))) for batch in batches]
+    worst = max(abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True))
+    if not worst <= TOLERANCES[setting.dtype]:
+        raise ValueError(f"{learner.name}: its loss differs from the dense model's by {worst:.1e}, relatively")
+    return worst
+
+
+@contextlib.contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [module.p for module in modules]
+    for module in modules:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in zip(modules, before, strict=True):
+            module.p = p
+
+
+@contextlib.contextmanager
+def _keeping_all(model: nn.Module) -> Iterator[None]:
+    """No draw skims anything: the loss is then the dense model's plus the skim weight."""
+    predictors = [module for module in model.modules() if isinstance(module, SkimPredictor)]
+    before = [predictor.out.bias.detach().clone() for predictor in predictors]
+    for predictor in predictors:
+        predictor.out.bias[KEEP], predictor.out.bias[SKIM] = _KEEP_ALL_LOGIT, -_KEEP_ALL_LOGIT
+    try:
+        yield
+    finally:
+        for predictor, bias in zip(predictors, before, strict=True):
+            predictor.out.bias.copy_(bias)

@@ -1,0 +1,97 @@
+"""bench training: the masked baseline is the published one, and nobody is timed for another loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transkimmer import SkimConfig, add_skimming
+from transkimmer.bench import masked, peers, setting, training, workload
+from transkimmer.bench.timing import Limits
+from transkimmer.cli import main
+
+from ..models.tiny import VOCABULARY, no_dropout, tiny, undecided_predictors
+
+SETTING = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, "fp32", "cpu", 1)
+
+
+@pytest.fixture
+def subject() -> peers.Subject:
+    skimming = add_skimming(tiny("bert", "sequence"), SkimConfig(schedule=[1.0, 0.6, 0.2]))
+    return peers.Subject("tiny", tiny("bert", "sequence"), skimming, "synthetic")
+
+
+def batches() -> list[workload.Batch]:
+    return workload.random_batches([9, 4, 14, 6], 2, 2, VOCABULARY)
+
+
+def test_masked_training_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of our packed form with `skim_attention="published"`, where the draws are the same."""
+    config = SkimConfig(skim_attention="published")
+    packed = no_dropout(add_skimming(tiny("bert", "sequence"), config))
+    undecided_predictors(packed)
+    published = masked.PublishedTraining(
+        no_dropout(tiny("bert", "sequence")), packed.skimming.predictors, config.temperature
+    )
+    packed.train()
+    published.model.train()
+    monkeypatch.setattr(masked, "logistic_noise", torch.zeros_like)
+    monkeypatch.setattr("transkimmer.training_forward.logistic_noise", torch.zeros_like)
+    inputs, labels = batches()[0].inputs, torch.tensor([0, 1])
+    ours = packed(**inputs, labels=labels).loss
+    theirs = published.model(**inputs, labels=labels).loss + config.skim_weight * published.skim_loss
+    assert 0.2 < float(published.skim_loss.detach()) < 0.9  # something is skimmed
+    torch.testing.assert_close(theirs, ours)
+    parameters = (packed.bert.embeddings.word_embeddings.weight, packed.skimming.predictors[0].fc.weight)
+    gradients = torch.autograd.grad(ours, parameters)
+    mirrored = (published.model.bert.embeddings.word_embeddings.weight, parameters[1])
+    for expected, actual in zip(gradients, torch.autograd.grad(theirs, mirrored), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_learner_has_a_row(subject: peers.Subject, dtype: str) -> None:
+    here = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, dtype, "cpu", 1)
+    before = [parameter.clone() for parameter in subject.skimming.parameters()]
+    rows = training.measure(here, subject, batches(), 2, Limits())
+    assert [row["contender"] for row in rows] == list(training.LEARNERS)
+    for row in rows:
+        assert row["tokens"] == 33 and row["repeats"] == len(row["seconds"]) == 2
+        assert row["tokens_per_s"] == 33 / row["median_s"] and row["max_difference"] <= row["tolerance"]
+        assert set(row["speedups"]) == set(training.LEARNERS) - {row["contender"]}
+    for parameter, old in zip(subject.skimming.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)  # the subject is the next workload's, too
+
+
+@pytest.mark.parametrize("name", training.LEARNERS)
+def test_a_step_trains(subject: peers.Subject, name: str) -> None:
+    """Everything; but for the predictors, where nothing is skimmed."""
+    learner = training.Learner(name, *training.LEARNERS[name](subject, torch.float32))
+    before = {key: parameter.detach().clone() for key, parameter in learner.model.named_parameters()}
+    learner.step(batches()[0].inputs)
+    still = {key for key, parameter in learner.model.named_parameters() if torch.equal(parameter, before[key])}
+    predictors = {key for key in before if "skim_predictors" in key}
+    skims = name in (training.PUBLISHED, training.PACKED)
+    assert bool(predictors) == (name != training.DENSE)
+    assert still == (set() if skims else predictors)
+
+
+def test_another_loss_is_not_timed(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(subject: peers.Subject, dtype: torch.dtype) -> tuple[torch.nn.Module, training.Loss]:
+        model, loss = training._dense(subject, dtype)
+        return model, lambda inputs, labels: loss({"input_ids": inputs["input_ids"]}, labels)
+
+    monkeypatch.setitem(training.LEARNERS, training.DENSE, forgetful)
+    with pytest.raises(ValueError, match=r"^dense, padded \(Hugging Face SDPA\): its loss differs"):
+        training.measure(SETTING, subject, batches(), 1, Limits())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    tiny("bert", "sequence").save_pretrained(tmp_path / "model")
+    file = tmp_path / "rows.json"
+    options = ["--model", str(tmp_path / "model"), "--lengths", "sst2", "--schedule", "1,0.6,0.2", "--batch-size", "3"]
+    assert main(["bench", "training", *options, "--batches", "1", "--repeats", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["kind"], row["contender"]) for row in rows] == [("training", name) for name in training.LEARNERS]
