@@ -55,7 +55,9 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
     field = contenders(model)
     answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
     layer_lengths = []
-    for batch in tqdm(batches, desc="answers", unit="batch", leave=False):  # untimed: answers, counts and warm-up
+    for batch in tqdm(
+        batches, desc="answers", unit="batch", leave=False, disable=None
+    ):  # untimed: answers, counts and warm-up
         for contender in field:
             with record_skimming() as records:
                 answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
@@ -69,7 +71,8 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
 def time_in_turn(field: Sequence[Contender], batches: Sequence[Batch], repeats: int) -> dict[str, list[float]]:
     """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
-    with tqdm(total=repeats * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
+    total = repeats * len(batches) * len(field)
+    with tqdm(total=total, desc="timing", unit="batch", leave=False, disable=None) as progress:
         for repeat in range(repeats):
             totals = dict.fromkeys(seconds, 0.0)
             for number, batch in enumerate(batches):
