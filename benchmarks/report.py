@@ -74,7 +74,13 @@ def peer_lines() -> list[str]:
     for name in names:
         speeds = (_speed(rows, name) for rows in results.values())
         lines.append(_line([name, *(f"{speed:.2f}" if speed else "–" for speed in speeds)]))
-    return [*lines, "", "BERT-base shape, batch 16; `python benchmarks/peers.py`, with versions in its results."]
+    environment = load(files[0].stem)["environment"]
+    return [
+        *lines,
+        "",
+        f"BERT-base shape, batch 16, {environment['processor']} (AVX-512, oneDNN's products), {environment['threads']} "
+        "threads; `python benchmarks/peers.py`, with versions in its results.",
+    ]
 
 
 def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
