@@ -16,7 +16,7 @@ FIGURE = re.compile(
 
 
 def stored(file: Path, keys: str, percent: bool) -> float:
-    """keys: "rows/3/spread", or two of these with "over" (in percent: the ratio's distance from 1) or "minus" between."""
+    """keys: "rows/3/spread", or two of these with "over" (in percent: its distance from 1) or "minus" between."""
 
     def value(path: str) -> float:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -71,8 +71,8 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
 def time_in_turn(field: Sequence[Contender], batches: Sequence[Batch], repeats: int) -> dict[str, list[float]]:
     """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
-    total = repeats * len(batches) * len(field)
-    with tqdm(total=total, desc="timing", unit="batch", leave=False, disable=None) as progress:
+    runs = repeats * len(batches) * len(field)
+    with tqdm(total=runs, desc="timing", unit="batch", leave=False, disable=None) as progress:
         for repeat in range(repeats):
             totals = dict.fromkeys(seconds, 0.0)
             for number, batch in enumerate(batches):
