@@ -4,8 +4,7 @@
 
 Two kinds of results: single runs of `transkimmer bench` in files named after them, which have tables of their own here,
 and the dated files that `bench model`, `bench training` and `profile` add to with `--results` (`runs.py`,
-`model_tables.py`, `plots.py`). Figures within the text are those that `quoted.py` finds tagged. Checking needs no
-matplotlib: a plot holds the hash of what it shows.
+`model_tables.py`, `plots.py`). Checking needs no matplotlib: a plot holds the hash of what it shows.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import model_tables, plots, quoted, runs
+from . import model_tables, plots, runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu"
@@ -36,7 +35,7 @@ def table() -> str:
     """The README's tables as Markdown."""
     names = [f"{task}-{dtype}" for task in TASKS for dtype in DTYPES]
     lines = [
-        *schedule_lines("AVX2, products of our own", {f"{task}-fp32": load(f"{task}-fp32", AVX2) for task in TASKS}),
+        *schedule_lines("AVX2, products of our own", {name: load(name, AVX2) for name in names}),
         "",
         *schedule_lines("AVX-512, oneDNN's products", {name: load(name) for name in names}),
         "",
@@ -80,7 +79,13 @@ def peer_lines() -> list[str]:
     for name in names:
         speeds = (_speed(rows, name) for rows in results.values())
         lines.append(_line([name, *(f"{speed:.2f}" if speed else "–" for speed in speeds)]))
-    return [*lines, "", "BERT-base shape, batch 16, with versions in `benchmarks/results/cpu/peers-*.json`."]
+    environment = load(files[0].stem)["environment"]
+    return [
+        *lines,
+        "",
+        f"BERT-base shape, batch 16, {environment['processor']} (AVX-512, oneDNN's products), {environment['threads']} "
+        "threads, with versions in `benchmarks/results/cpu/peers-*.json`.",
+    ]
 
 
 def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -128,9 +133,7 @@ def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
     found = {README: between(readme, "headline", model_tables.headline(devices))}
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices)
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        found.setdefault(path, path.read_text(encoding="utf-8"))
-    return {path: quoted.refresh(text, results) for path, text in found.items()}
+    return found
 
 
 def main() -> int:

@@ -112,18 +112,28 @@ def compile_all(targets: Sequence[str], operators: Sequence[str] = (), jobs: int
         return list(pool.map(_compile, *zip(*work, strict=True))) if work else []
 
 
+def target(text: str) -> str:
+    """An argument of --targets, as it is."""
+    if not re.fullmatch(r"sm_([89]\d|1\d\d)|gfx[0-9a-f]{3,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must look like sm_80, sm_90, sm_100 or gfx942")
+    return text
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m transkimmer_kernels.aot", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="sm_80, sm_90, ..., gfx942")
-    parser.add_argument("--operators", nargs="+", default=[], help="folders under ops/")
+    parser.add_argument("--targets", nargs="+", type=target, default=list(TARGETS), help="sm_80, sm_90, ..., gfx942")
+    parser.add_argument("--operators", nargs="+", default=[], metavar="OPERATOR", help="folders under ops/")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     options: Any = parser.parse_args(arguments)
     if (reason := triton_support.why_not_importable()) is not None:
         sys.exit(f"transkimmer_kernels.aot: {reason}")
     if triton_support.interpreted():
         sys.exit("transkimmer_kernels.aot: TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
+    folders = sorted({folder for folder, _ in kernels()})
+    if unknown := sorted(set(options.operators) - set(folders)):
+        parser.error(f"--operators {' '.join(unknown)}: must be among {', '.join(folders)}")
     reports = compile_all(options.targets, options.operators)
     print(f"{'kernel':<56} {'target':<7} {'regs':>4} {'spill':>5} {'shared':>7}  {'matrix':<15} async  problems")
     for r in reports:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import onednn
 
 FORMS = ("panels", "onednn", "plain")
-# Takes the place of the measured choice, to measure another one; a form that a machine lacks gives way to the next.
+# Takes the place of the measured choice, to measure another one.
 _OVERRIDE = "TRANSKIMMER_CPU_PRODUCTS"
 # (instruction set of our kernels, dtype) -> forms in order of preference. bf16 goes to oneDNN where the processor
 # multiplies it natively, which is the only case in which oneDNN packs it. What is not listed has not been measured; nor
@@ -40,15 +40,30 @@ def _offers(form: str, dtype: torch.dtype) -> bool:
     return form == "plain" or dtype in (torch.float32, torch.bfloat16)
 
 
+def instruction_set() -> str:
+    """Of our kernels; ValueError where TRANSKIMMER_CPU_ISA names one that is not there."""
+    try:
+        return str(torch.ops.transkimmer_cpu.isa())
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
 @functools.cache
 def choose_form(dtype: torch.dtype) -> str:
-    """The form of a weight of `dtype` here: the best measured one, or what TRANSKIMMER_CPU_PRODUCTS names."""
-    override = os.environ.get(_OVERRIDE, "")
-    if override and override not in FORMS:
-        raise ValueError(f"{_OVERRIDE}={override!r}: must be one of {', '.join(FORMS)}")
-    isa = torch.ops.transkimmer_cpu.isa()
-    preferred = (override,) if override else ()
-    forms = (*preferred, *_PREFERENCES.get((isa, dtype), _UNMEASURED), "plain")
+    """The form of a weight of `dtype` here: the best measured one, or what TRANSKIMMER_CPU_PRODUCTS names.
+
+    Raises:
+        ValueError: that variable, or TRANSKIMMER_CPU_ISA, names something that does not exist or is not there.
+    """
+    isa = instruction_set()
+    if override := os.environ.get(_OVERRIDE, ""):
+        if override not in FORMS:
+            raise ValueError(f"{_OVERRIDE}={override!r}: must be one of {', '.join(FORMS)}")
+        if not _offers(override, dtype):
+            there = ", ".join(form for form in FORMS if _offers(form, dtype))
+            raise ValueError(f"{_OVERRIDE}={override!r}: not for {dtype} on this machine; there is {there}")
+        return override
+    forms = (*_PREFERENCES.get((isa, dtype), _UNMEASURED), "plain")
     return next(form for form in forms if _offers(form, dtype))
 
 

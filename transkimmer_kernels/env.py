@@ -3,14 +3,20 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import native, tuning
+from . import cpu_products, native, tuning
 
+# docs/building.md says what they do.
+_VARIABLES = tuple(
+    f"TRANSKIMMER_{name}" for name in ("KERNELS", "LIBRARY", "DISABLE_NATIVE", "CONFIGS", "CPU_PRODUCTS", "CPU_ISA")
+)
 _PACKAGES = ("transkimmer", "torch", "triton", "transformers", "numpy")
 
 
@@ -28,6 +34,8 @@ def report() -> dict[str, Any]:
             "tuned": _tuned(),
             "torch_cuda": torch.version.cuda or "none",
         },
+        "settings": {name: os.environ.get(name) or "not set" for name in _VARIABLES},
+        "choice": _choice(),
         "build": native.build_info(),
         "libraries": {
             name: {"file": str(entry.path), "loaded": entry.loaded, "reason": entry.reason}
@@ -56,8 +64,42 @@ def _cpu_isa() -> str:
     if not native.status()["cpu"].loaded:
         return "none: the CPU library is not loaded"
     try:
-        return str(torch.ops.transkimmer_cpu.isa())
-    except RuntimeError as error:  # TRANSKIMMER_CPU_ISA names one that is not there
+        return cpu_products.instruction_set()
+    except ValueError as error:
+        return f"none: {error}"
+
+
+def _choice() -> dict[str, str]:
+    """What `kernels="auto"` means on the devices there are, and the form of the CPU kernels' weights."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    choice = {f"auto on {device}": _auto(device) for device in devices}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        choice[f"cpu products, {name}"] = _form(dtype)
+    return choice
+
+
+def _auto(device: str) -> str:
+    """The backend that serves, or the backends with what each of them serves."""
+    from .library import OPERATORS
+    from .registry import BackendUnavailable, select_backend
+
+    served: dict[str, list[str]] = {}
+    try:
+        for name in OPERATORS:
+            served.setdefault(select_backend(name, "auto", device), []).append(name)
+    except (BackendUnavailable, ValueError) as error:
+        return f"nothing: {error}"
+    if len(served) == 1:
+        return next(iter(served))
+    return ", ".join(f"{backend} ({', '.join(names)})" for backend, names in served.items())
+
+
+def _form(dtype: torch.dtype) -> str:
+    if not native.status()["cpu"].loaded:
+        return "none: the CPU library is not loaded"
+    try:
+        return cpu_products.choose_form(dtype)
+    except ValueError as error:
         return f"none: {error}"
 
 
@@ -70,7 +112,11 @@ def _gpus() -> list[str]:
 
 def _tuned() -> str:
     """Files with measured configurations of the Triton kernels for the first device."""
-    found = tuning.files(torch.device("cuda", 0)) if torch.cuda.is_available() else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below
+        found = tuning.files(torch.device("cuda", 0)) if torch.cuda.is_available() else []
+    if (reason := tuning.why_not_own()) is not None:
+        return "; ".join(map(str, [reason, *found]))
     return "; ".join(map(str, found)) or "no configurations measured on this device: the kernels' defaults"
 
 
@@ -82,7 +128,7 @@ def _operators() -> dict[str, dict[str, str]]:
 
 def _format(data: dict[str, Any]) -> str:
     lines: list[str] = []
-    for section in ("versions", "machine", "build"):
+    for section in ("versions", "machine", "settings", "choice", "build"):
         lines.append(f"{section}:")
         width = max(map(len, data[section]))
         for key, value in data[section].items():

@@ -29,12 +29,16 @@ _status: dict[str, "NativeStatus"] = {}
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """What became of one native library. `reason` says why it is not loaded and is empty when it is."""
+    """What became of one native library. `reason` says why it is not loaded and is empty when it is.
+
+    named: whether TRANSKIMMER_LIBRARY put the file in the place of the packaged one.
+    """
 
     name: str
     path: Path
     loaded: bool
     reason: str = ""
+    named: bool = False
 
 
 def load() -> None:
@@ -55,6 +59,21 @@ def why_not(name: str) -> str | None:
     if not (entry := status()[name]).loaded:
         return entry.reason
     return _why_not_on_devices(entry.path) or None if name == "cuda" else None
+
+
+def named_in_vain(name: str) -> str | None:
+    """Why the library that TRANSKIMMER_LIBRARY names for backend `name` is not loaded; None where nothing is wrong.
+
+    Somebody who names a file wants to run it: to fall back on other kernels would hide that it does not run.
+    """
+    entry = status().get(name)
+    if entry is None or not entry.named or entry.loaded or _disabled():
+        return None
+    return entry.reason
+
+
+def _disabled() -> bool:
+    return os.environ.get("TRANSKIMMER_DISABLE_NATIVE", "0").lower() not in ("", "0", "off", "false")
 
 
 @functools.cache
@@ -100,12 +119,12 @@ def _load(name: str) -> NativeStatus:
         except (OSError, RuntimeError) as error:
             # torch's own message only repeats the path; the linker's, which says what is wrong, is its cause.
             reason = str(error.__cause__ or error).strip() or type(error).__name__
-    return NativeStatus(name, path, not reason, reason)
+    return NativeStatus(name, path, not reason, reason, requested is not None)
 
 
 def _why_not(name: str, path: Path, requested: bool) -> str:
     """The reason not to try `path` at all, or an empty string."""
-    if os.environ.get("TRANSKIMMER_DISABLE_NATIVE", "0").lower() not in ("", "0", "off", "false"):
+    if _disabled():
         return "disabled by TRANSKIMMER_DISABLE_NATIVE"
     if requested:
         return why_not_loadable(name, path) if path.is_file() else f"TRANSKIMMER_LIBRARY={path} is not a file"

@@ -10,7 +10,8 @@ A choice of `kernels` is a preference list of backends, tried per operator:
 | `cuda`      | refused            | cuda, triton              |
 | `reference` | reference          | reference                 |
 
-The environment variable TRANSKIMMER_KERNELS says what `auto` means instead: one of the other choices.
+The environment variable TRANSKIMMER_KERNELS says what `auto` means instead: one of the other choices. A library that
+TRANSKIMMER_LIBRARY names and that cannot be loaded is an error where its backend would be next.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_products import pack_weight
+from . import native
+from .cpu_products import choose_form, pack_weight
 from .library import BACKENDS, OPERATORS, Operator
 from .triton_support import why_not_importable
 
 KERNELS = ("auto", *BACKENDS)
+AUTO = "TRANSKIMMER_KERNELS"
 
 _PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "auto": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
@@ -68,13 +71,13 @@ def why_not(operator: Operator, backend: str) -> str | None:
 @functools.cache
 def select_backend(name: str, kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves operator `name` for tensors of `dtype` on `device_type` under the choice `kernels`."""
-    if check_kernels(kernels) == "auto":
-        kernels = check_kernels(os.environ.get("TRANSKIMMER_KERNELS", kernels), "TRANSKIMMER_KERNELS")
+    choice, remedy = f"kernels={kernels!r}", "choose kernels='auto'"
+    if check_kernels(kernels) == "auto" and (named := os.environ.get(AUTO)):
+        kernels = check_kernels(named, AUTO)
+        choice, remedy = f"{AUTO}={named!r} (what kernels='auto' means)", f"unset {AUTO}"
     preferences = _PREFERENCES[kernels]
     if preferences and device_type not in preferences and kernels != "auto":
-        raise BackendUnavailable(
-            f"kernels={kernels!r} does not serve tensors on {device_type!r}: move the model, or choose kernels='auto'"
-        )
+        raise BackendUnavailable(f"{choice} does not serve tensors on {device_type!r}: move the model, or {remedy}")
     reasons = []
     for backend in preferences.get(device_type, ("reference",)):
         reason = why_not(OPERATORS[name], backend)
@@ -83,8 +86,10 @@ def select_backend(name: str, kernels: str, device_type: str, dtype: torch.dtype
             reason = f"computes in {', '.join(map(str, dtypes))}, not in {dtype}"
         if reason is None:
             return backend
+        if (in_vain := native.named_in_vain(backend)) is not None:
+            raise BackendUnavailable(f"{choice} cannot run {name}: {in_vain}; unset TRANSKIMMER_LIBRARY, or mend it")
         reasons.append(f"{backend}: {reason}")
-    raise BackendUnavailable(f"kernels={kernels!r} cannot run {name} on {device_type!r} here ({'; '.join(reasons)})")
+    raise BackendUnavailable(f"{choice} cannot run {name} on {device_type!r} here ({'; '.join(reasons)})")
 
 
 def select(name: str, kernels: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
@@ -103,6 +108,8 @@ class KernelSet:
         self.choice = check_kernels(kernels)
         self.device_type = device_type
         self.serves = {name: select_backend(name, kernels, device_type, dtype) for name in OPERATORS}
+        if self.serves["ragged_linear"] == "cpu":
+            choose_form(dtype)  # here, so that a bad setting does not wait for the first forward
         for name, backend in self.serves.items():
             setattr(self, name, OPERATORS[name].overload(backend))
 
@@ -116,7 +123,12 @@ class KernelSet:
 
 @functools.cache
 def kernel_set(kernels: str, device_type: str, dtype: torch.dtype = torch.float32) -> KernelSet:
-    """The `KernelSet` of a choice; BackendUnavailable, with the reason, where it cannot serve."""
+    """The `KernelSet` of a choice.
+
+    Raises:
+        BackendUnavailable: it cannot serve here; the message says why.
+        ValueError: `kernels`, or an environment variable (docs/building.md), has a value that is not allowed.
+    """
     return KernelSet(kernels, device_type, dtype)
 
 

@@ -125,6 +125,8 @@ def documented(text: str) -> str:
 
 
 def update(path: Path, table: str) -> None:
+    if not path.is_file():
+        sys.exit(f"{path}: is not a file")
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         sys.exit(f"{path}: has no lines {BEGIN} and {END}")

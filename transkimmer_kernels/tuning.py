@@ -130,8 +130,16 @@ def slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
 
 
+def why_not_own() -> str | None:
+    """What is wrong with TRANSKIMMER_CONFIGS; None where it is not set or names a folder."""
+    own = os.environ.get("TRANSKIMMER_CONFIGS")
+    return f"TRANSKIMMER_CONFIGS={own} is not a folder" if own and not Path(own).is_dir() else None
+
+
 def folders() -> list[Path]:
     own = os.environ.get("TRANSKIMMER_CONFIGS")
+    if (reason := why_not_own()) is not None:
+        warnings.warn(f"{reason}; only the package's configurations are used", stacklevel=2)
     return [Path(own), PACKAGED] if own else [PACKAGED]
 
 

@@ -41,6 +41,9 @@ class Aim:
     rival: str | None  # {ours} stands for the backend; None: the aim is a time in microseconds
     wanted: float
 
+    def met_by(self, value: float) -> bool:
+        return value <= self.wanted if self.rival is None else value >= self.wanted
+
     def takes(self, row: dict[str, Any]) -> bool:
         return (
             row["operator"] in self.operators
@@ -92,9 +95,10 @@ def summary(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = ratios(figures, aim) or {"": []}
         for ours, values in found.items():
             row: dict[str, Any] = {"aim": aim.name, "wanted": aim.wanted, "backend": ours or None}
-            row |= {"problems": len(values), "geometric_mean": None, "smallest": None, "largest": None}
+            row |= {"problems": len(values), "geometric_mean": None, "smallest": None, "largest": None, "met": None}
             if values:
-                row["geometric_mean"] = statistics.geometric_mean(values)
+                row["geometric_mean"] = mean = statistics.geometric_mean(values)
+                row["met"] = aim.met_by(mean)
                 row["smallest"], row["largest"] = min(values), max(values)
             rows.append(row)
     return rows
@@ -133,7 +137,8 @@ def show(data: dict[str, Any], console: Console) -> None:
             continue
         spread = f"{row['smallest']:.2f} to {row['largest']:.2f}"
         mean = f"{row['geometric_mean']:.2f}"
-        aims.add_row(f"{row['wanted']:g}", row["aim"], row["backend"], mean, spread, str(row["problems"]))
+        style = "" if row["met"] else "yellow"
+        aims.add_row(f"{row['wanted']:g}", row["aim"], row["backend"], mean, spread, str(row["problems"]), style=style)
     console.print(f"gpu-check on {where}, commit {data['commit']}", highlight=False)
     console.print(steps)
     console.print(aims)

@@ -15,6 +15,7 @@ from typing import Any
 from . import containment, machine, report
 from .readings import Reading
 from .steps import Step, environment_step, steps
+from .verdict import LEFT_OUT
 
 
 class UnknownStep(ValueError):
@@ -26,7 +27,7 @@ def check(out: Path, minutes: float, only: list[str] | None = None) -> dict[str,
 
     Args:
         out: folder for gpu-check.json and gpu-check.log; made if it does not exist.
-        only: names of the steps to run; None: all.
+        only: names of the steps to run, behind the environment report, which is always made; None: all.
     """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu-check.log"
@@ -35,13 +36,14 @@ def check(out: Path, minutes: float, only: list[str] | None = None) -> dict[str,
     first, reading = run_step(environment_step(), 60, log)
     environment = reading.details or None
     todo = steps(environment)
-    if unknown := set(only or ()) - {step.name for step in todo}:
-        raise UnknownStep(f"no step {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in todo)}")
+    names = [first.name, *(step.name for step in todo)]
+    if unknown := set(only or ()) - set(names):
+        raise UnknownStep(f"no step {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     facts, results, figures = machine.facts(environment), [first], []
     data: dict[str, Any] = {}
     for step in todo:
         left = deadline - time.monotonic()
-        reason = "left out" if only and step.name not in only else step.reason
+        reason = LEFT_OUT if only and step.name not in only else step.reason
         if left < 5:
             reason = reason or f"no time was left of {minutes:g} minutes"
         if reason:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 ATTENTIONS = ("renormalized", "published")
 DECISIONS = ("threshold", "sample")
@@ -38,28 +39,28 @@ class SkimConfig:
     skim_attention: str = "renormalized"
     schedule: list[float] | None = None
 
-    def __post_init__(self) -> None:
-        self.check()
+    # Of the model that the configuration belongs to; set by `add_skimming`.
+    _layers: ClassVar[int | None] = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a value out of range, as `check` does: a live model reads its fields at every forward."""
+        if name not in _RANGES:
+            raise AttributeError(f"SkimConfig.{name}: unknown field; known are {sorted(_fields())}")
+        _check_field(name, value, self._layers)
+        object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """Raises ValueError naming the first field that is out of range."""
+        for name in _fields():
+            _check_field(name, getattr(self, name), self._layers)
 
-        def need(name: str, fits: bool, allowed: str) -> None:
-            if not fits:
-                raise ValueError(f"SkimConfig.{name}={getattr(self, name)!r}: must be {allowed}")
+    def bind(self, layers: int | None) -> None:
+        """From now on a schedule must have a ratio for each of `layers` layers; ValueError where it has not.
 
-        width = self.predictor_width
-        need("predictor_width", width is None or (isinstance(width, int) and width > 0), "None or a positive integer")
-        need("bias_init", _is_finite(self.bias_init) and self.bias_init >= 0, "a finite number >= 0")
-        need("temperature", _is_finite(self.temperature) and self.temperature > 0, "a finite number > 0")
-        need("skim_weight", _is_finite(self.skim_weight) and self.skim_weight >= 0, "a finite number >= 0")
-        need("decision", self.decision in DECISIONS, f"one of {DECISIONS}")
-        need("threshold", _is_finite(self.threshold) and 0 < self.threshold < 1, "strictly between 0 and 1")
-        need("skim_attention", self.skim_attention in ATTENTIONS, f"one of {ATTENTIONS}")
-        if self.schedule is not None:
-            ratios = list(self.schedule)
-            need("schedule", all(_is_finite(k) and 0 <= k <= 1 for k in ratios), "None or numbers from 0 to 1")
-            need("schedule", ratios == sorted(ratios, reverse=True), "non-increasing: a skimmed token stays skimmed")
+        None: of any number of layers, as in a configuration without a model.
+        """
+        _check_field("schedule", self.schedule, layers)
+        object.__setattr__(self, "_layers", layers)
 
     @property
     def logit_threshold(self) -> float:
@@ -71,12 +72,46 @@ class SkimConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SkimConfig:
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        known = _fields()
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"SkimConfig: unknown fields {unknown}; known are {sorted(known)}")
         return cls(**values)
 
 
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(SkimConfig)]
+
+
+def _check_field(name: str, value: Any, layers: int | None) -> None:
+    """ValueError if `value` is out of range for field `name`; layers: of the model, None where it is not known."""
+    fits, allowed = _RANGES[name]
+    if not fits(value):
+        raise ValueError(f"SkimConfig.{name}={value!r}: must be {allowed}")
+    if name != "schedule" or value is None:
+        return
+    if list(value) != sorted(value, reverse=True):
+        raise ValueError(f"SkimConfig.schedule={value!r}: must be non-increasing: a skimmed token stays skimmed")
+    if layers is not None and len(value) != layers:
+        raise ValueError(f"SkimConfig.schedule: has {len(value)} ratios, but the model has {layers} layers")
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_schedule(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_finite(ratio) and 0 <= ratio <= 1 for ratio in value)
+
+
+# Field -> (what fits, in words).
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "predictor_width": (lambda x: x is None or (type(x) is int and x > 0), "None or a positive integer"),
+    "bias_init": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
+    "temperature": (lambda x: _is_finite(x) and x > 0, "a finite number > 0"),
+    "skim_weight": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
+    "decision": (lambda x: x in DECISIONS, f"one of {DECISIONS}"),
+    "threshold": (lambda x: _is_finite(x) and 0 < x < 1, "strictly between 0 and 1"),
+    "skim_attention": (lambda x: x in ATTENTIONS, f"one of {ATTENTIONS}"),
+    "schedule": (lambda x: x is None or _is_schedule(x), "None or numbers from 0 to 1"),
+}

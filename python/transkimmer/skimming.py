@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from transkimmer_kernels import KernelSet, kernel_set
+from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 
 from .architectures import architecture_of, encoder_of, reads_first_token_only
@@ -32,7 +32,7 @@ class Skimming:
 
     @property
     def config(self) -> SkimConfig:
-        """The live configuration; its fields may be changed between forwards."""
+        """The live configuration; its fields may be changed between forwards, ValueError for a value out of range."""
         return self._encoder.skim_config
 
     @property
@@ -100,9 +100,15 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
         kernels: "auto", "cpu", "triton", "cuda" or "reference"; can be changed later at `model.skimming.kernels`.
 
     Raises:
+        TypeError: `model` or `config` is something else.
         ValueError: the model is of another architecture, a decoder, already skimming, or an argument is out of range.
         BackendUnavailable: `kernels` cannot run here; the message says why.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={model!r:.80}: must be a Hugging Face model, got {type(model).__name__}")
+    if config is not None and not isinstance(config, SkimConfig):
+        hint = f"; did you mean kernels={config!r}?" if config in KERNELS else ""
+        raise TypeError(f"config={config!r:.80}: must be a SkimConfig or None, got {type(config).__name__}{hint}")
     architecture = architecture_of(model)
     check_kernels(kernels)
     encoder = encoder_of(model)
@@ -111,11 +117,10 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     config = SkimConfig() if config is None else config
     config.check()
     count = len(architecture.layers(encoder))
-    if config.schedule is not None and len(config.schedule) != count:
-        raise ValueError(f"SkimConfig.schedule: has {len(config.schedule)} ratios, but the model has {count} layers")
     weight = next(encoder.parameters())
     if weight.device.type != "meta":
         _kernels_for(encoder, kernels)
+    config.bind(count)
     predictors = nn.ModuleList(
         SkimPredictor(model.config.hidden_size, config.predictor_width, config.bias_init) for _ in range(count)
     )
@@ -145,6 +150,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     encoder = skimming._encoder
     for hook in skimming._hooks:
         hook.remove()
+    skimming.config.bind(None)
     for name in [*vars(encoder), *encoder._modules]:
         if name.startswith("skim_"):
             delattr(encoder, name)

@@ -224,7 +224,7 @@ def test_the_commit_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _fake_steps(monkeypatch: pytest.MonkeyPatch, *of: Step, gpu: Any = (GPU,)) -> None:
     known = environment(gpu)
-    first = _step("pass", read=lambda folder, log: Reading(known))
+    first = _named("environment", read=lambda folder, log: Reading(known))
     monkeypatch.setattr(runner, "environment_step", lambda: first)
     monkeypatch.setattr(runner, "steps", lambda report_of: list(of))
     monkeypatch.setattr(machine, "device", lambda report_of: FACTS["device"] if isinstance(gpu, tuple) else None)
@@ -266,8 +266,11 @@ def test_the_time_for_everything_is_limited(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("code", "gpu", "options", "status"),
     [
-        ("pass", (GPU,), [], 0),
+        ("pass", (GPU,), ["--only", "one"], 0),
+        ("pass", (GPU,), ["--only", "environment"], 0),
+        ("pass", (GPU,), [], 3),  # no aim was measured
         ("raise SystemExit(1)", (GPU,), [], 1),
+        ("pass", "none", ["--only", "environment"], 0),
         ("pass", "none", [], 1),
         ("pass", "none", ["--allow-no-gpu"], 0),
         ("raise SystemExit(1)", "none", ["--allow-no-gpu"], 1),
@@ -280,7 +283,7 @@ def test_exit_status(
     from benchmarks.gpu_check.__main__ import main
 
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    _fake_steps(monkeypatch, _named("one", code), gpu=gpu)
+    _fake_steps(monkeypatch, _named("one", code), _named("two", code), gpu=gpu)
     assert main(["--out", str(tmp_path), *options]) == status
 
 
@@ -303,6 +306,7 @@ def test_summary_compares_on_the_same_problem_only() -> None:
     assert (triton["problems"], triton["smallest"], triton["largest"]) == (2, 2.0, 4.5)
     assert triton["geometric_mean"] == pytest.approx(3.0)
     assert (rows[name, "cuda"]["problems"], rows[name, "cuda"]["smallest"]) == (1, 4.0)
+    assert triton["met"] is True and rows["compact at 64k tokens, in microseconds", None]["met"] is None
     assert rows["compact at 64k tokens, in microseconds", None]["geometric_mean"] is None
 
 

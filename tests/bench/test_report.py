@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import model_tables, plots, quoted, report, runs
+from benchmarks import model_tables, plots, report, runs
 
 OURS, PADDED, PLAIN = model_tables.OURS, model_tables.PADDED, "dense, padding-free (plain PyTorch)"
 ENVIRONMENT = {"processor": "A Processor", "threads": 2, "torch": "2.13.0"}
@@ -128,30 +128,3 @@ def test_stale_pages_are_noticed(
     assert report.main() == 0
     readme.write_text(readme.read_text(encoding="utf-8").replace("2.96", "3.96", 1), encoding="utf-8")
     assert report.main() == 1
-
-
-# Figures in the text
-
-TAG = "<!-- = cpu-x/run.json rows.1.share {} -->"
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    (tmp_path / "cpu-x").mkdir()
-    (tmp_path / "cpu-x/run.json").write_text('{"rows": [{}, {"share": 0.1234}]}', encoding="utf-8")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("before", "kind", "after"),
-    [("about 9.87", ".2f", "about 0.12"), ("1,000%", ".1%", "12.3%"), ("0", ".3f", "0.123")],
-)
-def test_tagged_figures_are_the_stored_ones(stored: Path, before: str, kind: str, after: str) -> None:
-    tag = TAG.format(kind)
-    assert quoted.refresh(f"{before}{tag} of 7", stored) == f"{after}{tag} of 7"
-
-
-@pytest.mark.parametrize("tag", ["cpu-x/none.json rows", "cpu-x/run.json rows.0.share", "cpu-x/run.json rows.2"])
-def test_a_figure_of_nothing_is_an_error(stored: Path, tag: str) -> None:
-    with pytest.raises(ValueError, match=r"a quoted figure: .* has no rows"):
-        quoted.refresh(f"1.0<!-- = {tag} .2f -->", stored)

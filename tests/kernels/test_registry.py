@@ -59,8 +59,15 @@ def test_the_environment_says_what_auto_means(
     assert select_backend("compact", "reference", "cpu") == "reference"
     availability["triton"] = "the library is missing"
     select_backend.cache_clear()
-    with pytest.raises(BackendUnavailable, match="kernels='triton' cannot run compact"):
+    with pytest.raises(BackendUnavailable, match=r"^TRANSKIMMER_KERNELS='triton' .* cannot run compact"):
         select_backend("compact", "auto", "cpu")
+    monkeypatch.setenv("TRANSKIMMER_KERNELS", "cuda")
+    select_backend.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"^TRANSKIMMER_KERNELS='cuda' .* unset TRANSKIMMER_KERNELS$"):
+        select_backend("compact", "auto", "cpu")
+    monkeypatch.setenv("TRANSKIMMER_KERNELS", "")
+    select_backend.cache_clear()
+    assert select_backend("compact", "auto", "cpu") == "cpu"
     monkeypatch.setenv("TRANSKIMMER_KERNELS", "fastest")
     select_backend.cache_clear()
     with pytest.raises(ValueError, match=r"^TRANSKIMMER_KERNELS='fastest': must be one of auto, reference"):

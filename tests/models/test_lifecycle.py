@@ -195,7 +195,17 @@ def test_models_that_cannot_skim() -> None:
         add_skimming(tiny("bert"), SkimConfig(schedule=[1.0, 0.5]))
 
 
-@pytest.mark.parametrize(
+def test_what_is_no_model_and_what_is_no_config() -> None:
+    with pytest.raises(TypeError, match=r"model=None: must be a Hugging Face model, got NoneType"):
+        add_skimming(None)
+    model = tiny("bert")
+    with pytest.raises(TypeError, match=r"config='triton': must be a SkimConfig .* did you mean kernels='triton'\?"):
+        add_skimming(model, "triton")
+    with pytest.raises(TypeError, match=r"config=\{'threshold': 0.7\}: must be a SkimConfig or None, got dict$"):
+        add_skimming(model, {"threshold": 0.7})
+
+
+OUT_OF_RANGE = pytest.mark.parametrize(
     ("field", "value"),
     [
         ("predictor_width", 0),
@@ -205,14 +215,43 @@ def test_models_that_cannot_skim() -> None:
         ("skim_weight", float("inf")),
         ("decision", "guess"),
         ("threshold", 1.0),
+        ("threshold", 2.0),
+        ("threshold", 0),
+        ("threshold", -1),
+        ("threshold", float("nan")),
         ("skim_attention", "none"),
         ("schedule", [0.5, 0.8]),
         ("schedule", [1.2]),
+        ("schedule", 0.5),
     ],
 )
+
+
+@OUT_OF_RANGE
 def test_config_names_what_is_wrong(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"SkimConfig.{field}=.*must be"):
         SkimConfig(**{field: value})
+
+
+@OUT_OF_RANGE
+def test_a_live_config_keeps_its_value_when_it_is_given_a_bad_one(field: str, value: object) -> None:
+    config = add_skimming(tiny("bert")).skimming.config
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=rf"SkimConfig.{field}=.*must be"):
+        setattr(config, field, value)
+    assert config.to_dict() == before
+
+
+def test_a_live_schedule_has_a_ratio_per_layer() -> None:
+    model = add_skimming(tiny("bert"))
+    config = model.skimming.config
+    with pytest.raises(ValueError, match="has 2 ratios, but the model has 3 layers"):
+        config.schedule = [1.0, 0.5]
+    config.schedule = [1.0, 0.5, 0.5]
+    with pytest.raises(AttributeError, match=r"SkimConfig.treshold: unknown field"):
+        config.treshold = 0.7
+    remove_skimming(model)
+    config.schedule = [1.0, 0.5]
 
 
 def test_a_failed_call_leaves_the_model_alone() -> None:

@@ -110,7 +110,14 @@ def test_choice_of_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(torch.float64) == "plain"
     for form in FORMS:
         monkeypatch.setenv("TRANSKIMMER_CPU_PRODUCTS", form)
-        assert choose(torch.float32) == form or not cpu_products._offers(form, torch.float32)
+        if cpu_products._offers(form, torch.float32):
+            assert choose(torch.float32) == form
+        monkeypatch.setattr(cpu_products, "_offers", lambda offered, dtype: offered == "plain")
+        if form != "plain":
+            message = rf"^TRANSKIMMER_CPU_PRODUCTS='{form}': not for torch.float32 on this machine; there is plain$"
+            with pytest.raises(ValueError, match=message):
+                choose(torch.float32)
+        monkeypatch.undo()
     monkeypatch.setenv("TRANSKIMMER_CPU_PRODUCTS", "best")
     with pytest.raises(ValueError, match=r"^TRANSKIMMER_CPU_PRODUCTS='best': must be one of panels, onednn, plain"):
         choose(torch.float32)

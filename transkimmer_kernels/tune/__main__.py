@@ -45,6 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--out", type=Path, default=tuning.PACKAGED, help="folder of the file; entries in it are kept")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: must be at least 1")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes:g}: must be above 0")
+    known = {min(sizes) for name in options.operators for sizes in PROBLEMS[name].sizes}
+    if unknown := sorted(set(options.sizes or ()) - known):
+        text = " ".join(map(str, unknown))
+        parser.error(f"--sizes {text}: must be among {', '.join(map(str, sorted(known)))} for these operators")
     if (reason := why_not()) is not None:
         print(f"tune: {reason}; nothing was measured and nothing was written", file=sys.stderr)
         return 1

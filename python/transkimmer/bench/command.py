@@ -14,7 +14,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from transkimmer_kernels import native
+from transkimmer_kernels import cpu_products, kernel_set, native
 from transkimmer_kernels.files import write_whole
 
 from ..config import SkimConfig
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; not for the demo"
     )
-    parser.add_argument("--lengths", help="with --schedule: mrpc, sst2, rte, imdb, or a text file (needs --tokenizer)")
+    parser.add_argument(
+        "--lengths", help="with --schedule: mrpc, sst2, rte, imdb, squad2, or a text file (needs --tokenizer)"
+    )
     parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=None, help="default 32 for the demo, 16 with --schedule")
@@ -80,9 +82,9 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
     count = sum(batch.lengths.numel() for batch in batches)
     title = (
         f"MiniLM (6 layers) with skimming on {count} SST-2 dev sentences, learned decisions; "
-        f"{arguments.dtype}, batch {arguments.batch_size or 32}, {torch.get_num_threads()} threads"
+        f"{arguments.dtype}, batch {arguments.batch_size or 32}, {_machine(arguments.kernels, arguments.dtype)}"
     )
-    console.print(show.table_of(rows, title))
+    show.print_table(console, rows, title)
     stored = stored_figures()
     console.print(
         f"stored when it was trained: dense fine-tune {stored['dense_accuracy']:.2%}, "
@@ -106,10 +108,29 @@ def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str,
     rows = compare(model.eval(), batches, arguments.repeats)
     title = (
         f"{arguments.model}, lengths of {arguments.lengths}, synthetic schedule {arguments.schedule}; "
-        f"{arguments.dtype}, {len(batches)} batches of {size}, {torch.get_num_threads()} threads"
+        f"{arguments.dtype}, {len(batches)} batches of {size}, {_machine(arguments.kernels, arguments.dtype)}"
     )
-    console.print(show.table_of(rows, title))
+    show.print_table(console, rows, title)
     return title, rows
+
+
+def cpu_kernels(kernels: str, dtype: str) -> dict[str, str]:
+    """Instruction set and form of product of the native CPU kernels; empty where others serve."""
+    if kernel_set(kernels, "cpu", DTYPES[dtype]).serves["ragged_linear"] != "cpu":
+        return {}
+    return {
+        "instruction_set": cpu_products.instruction_set(),
+        "products": cpu_products.choose_form(DTYPES[dtype]),
+    }
+
+
+def _machine(kernels: str, dtype: str) -> str:
+    """The end of a title."""
+    threads = f"{torch.get_num_threads()} threads"
+    if not (native_kernels := cpu_kernels(kernels, dtype)):
+        backend = kernel_set(kernels, "cpu", DTYPES[dtype]).serves["ragged_linear"]
+        return f"{backend} kernels, {threads}"
+    return f"{native_kernels['instruction_set']}, {native_kernels['products']} products, {threads}"
 
 
 def environment() -> dict[str, Any]:
@@ -137,7 +158,7 @@ def _write_json(path: Path, arguments: argparse.Namespace, title: str, rows: lis
     document = {
         "title": title,
         "options": options,
-        "environment": environment(),
+        "environment": environment() | {"cpu_kernels": cpu_kernels(arguments.kernels, arguments.dtype)},
         "rows": [row.to_dict() for row in rows],
     }
     write_whole(path, json.dumps(document, indent=2) + "\n")

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..records import record_skimming
 from .timing import Row
 
+# Spread of repeats, (max - min) / median, from which a run is to be repeated; on a quiet machine it is 1 to 5 %.
+DISTURBED = 0.15
 # From words dropped before the first layer (faint) to words read by every layer (bold).
 _RAMP = ("#bdbdbd", "#9ecae1", "#6baed6", "#3182bd", "#31a354", "#e6a000", "#e6550d", "#c51b1b")
 
@@ -49,6 +51,18 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+    """The table, and a warning below it where the machine was too busy for its figures to mean much."""
+    console.print(table_of(rows, title))
+    widest = max(rows, key=lambda row: row.spread)
+    if widest.spread > DISTURBED:
+        console.print(
+            f"Repeats of '{widest.name}' lie {widest.spread:.0%} apart: something else ran on this machine, and these "
+            "figures should be measured again.",
+            style="bold",
+        )
+
+
 @torch.no_grad()
 def word_depths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
@@ -71,10 +85,13 @@ def colour(depth: int, layers: int) -> str:
     return _RAMP[round(depth / max(layers, 1) * (len(_RAMP) - 1))]
 
 
-def sentence_line(words: Sequence[tuple[str, int]], layers: int) -> Text:
+def sentence_line(words: Sequence[tuple[str, int]], layers: int, *, numbers: bool = False) -> Text:
+    """Words coloured by depth; numbers: also the depth behind each, for where colours do not show."""
     line = Text()
     for word, depth in words:
-        line.append(word, style=f"{'bold ' if depth == layers else ''}{colour(depth, layers)}")
+        line.append(
+            f"{word}/{depth}" if numbers else word, style=f"{'bold ' if depth == layers else ''}{colour(depth, layers)}"
+        )
         line.append(" ")
     return line
 
@@ -94,10 +111,14 @@ def print_sentences(
     class_names: Sequence[str],
 ) -> None:
     layers = model.config.num_hidden_layers
-    console.print(legend(layers))
+    numbers = console.color_system is None
+    if numbers:
+        console.print(f"word/number of layers, of {layers}, that read it")
+    else:
+        console.print(legend(layers))
     for text in texts:
         words, predicted = word_depths(model, tokenizer, text)
-        console.print(Text(f"{class_names[predicted]:>9}  ").append_text(sentence_line(words, layers)))
+        console.print(Text(f"{class_names[predicted]:>9}  ").append_text(sentence_line(words, layers, numbers=numbers)))
 
 
 def save_html(console: Console, path: str | os.PathLike[str]) -> None:

@@ -75,7 +75,9 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
     field = contenders(model)
     answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
     layer_lengths = []
-    for batch in tqdm(batches, desc="answers", unit="batch", leave=False):  # untimed: answers, counts and warm-up
+    for batch in tqdm(
+        batches, desc="answers", unit="batch", leave=False, disable=None
+    ):  # untimed: answers, counts and warm-up
         for contender in field:
             with record_skimming() as records:
                 answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
@@ -100,7 +102,8 @@ def time_in_turn(
     `device` has finished.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
-    with tqdm(total=repeats * len(batches) * len(field), desc="timing", unit="batch", leave=False) as progress:
+    runs = repeats * len(batches) * len(field)
+    with tqdm(total=runs, desc="timing", unit="batch", leave=False, disable=None) as progress:
         for repeat in range(repeats):
             totals = {contender.name: 0.0 for contender in field}
             for number, batch in enumerate(batches):
