@@ -33,10 +33,15 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[tuple[Any, ...], _Watch, EncoderWeights] | None = None
+        self._held: tuple[tuple[Any, ...], Watch, EncoderWeights] | None = None
 
     def clear(self) -> None:
         self._held = None
+
+    @property
+    def held(self) -> EncoderWeights | None:
+        """What the last `get` returned, None after `clear`."""
+        return None if self._held is None else self._held[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()  # packed weights cannot be copied, and the copy's parameters are others
@@ -59,16 +64,20 @@ class WeightCache:
             self._held = None  # frees the old copy before the new one is made
             with torch.inference_mode(False), torch.no_grad():
                 weights = _prepare(encoder, architecture, predictors, kernels, dtype, first_token_only)
-            held = self._held = (key, _Watch(encoder), weights)
+            held = self._held = (key, Watch(encoder), weights)
         return held[2]
 
 
-class _Watch:
-    """Notices a change of any parameter below a module. Walking the modules each time would take four times as long."""
+class Watch:
+    """Notices a change of any parameter below a module, and a buffer that is another.
+
+    Walking the modules each time would take four times as long.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        tables: list[dict[str, Any]] = [t for m in module.modules() for t in (m._modules, m._parameters) if t]
-        self._tables = [(table, list(table.values())) for table in tables]
+        self.modules = list(module.named_modules())
+        tables: list[dict[str, Any]] = [t for _, m in self.modules for t in (m._modules, m._parameters, m._buffers)]
+        self._tables = [(table, list(table.values())) for table in tables if table]
         self._parameters = list(module.parameters())
         self._states = self._read_states()
 
