@@ -67,7 +67,7 @@ def _storage(x: Tensor) -> int:
 
 
 class TapeEngine:
-    """Tapes in place of CUDA graphs, which share their memory in the worst way: one replay spoils all others' outputs."""
+    """Tapes that share their memory in the worst way: a replay of one leaves garbage in all others."""
 
     WARM_UPS = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -84,15 +85,18 @@ class GraphedForward:
         forward = type(self._model).forward
         if torch.compiler.is_compiling():
             return forward(self._model, *args, **kwargs)
-        found = self._why_not_now() or self._request(args, kwargs)
-        if isinstance(found, Request):
+        request = self._why_not_now() or self._request(args, kwargs)
+        output: ModelOutput | str
+        if isinstance(request, str):
+            output = request
+        else:
             with self.cache.lock:
-                found = self._serve(found)
-        if not isinstance(found, str):
-            self.why_eager = None
-            return found
-        self.why_eager = found
-        return forward(self._model, *args, **kwargs)
+                output = self._serve(request)
+        if isinstance(output, str):
+            self.why_eager = output
+            return forward(self._model, *args, **kwargs)
+        self.why_eager = None
+        return output
 
     def capture(self, batch_size: int, sequence_length: int, inputs: Sequence[str], num_choices: int | None) -> None:
         """See `Skimming.capture`."""
@@ -105,7 +109,7 @@ class GraphedForward:
         if unknown := sorted(set(inputs) - set(INPUTS)):
             raise ValueError(f"inputs: {unknown} cannot be captured, only {', '.join(INPUTS)}")
         shape = (batch_size, *([] if num_choices is None else [num_choices]), sequence_length)
-        embedding = self._model.get_input_embeddings().weight.detach()
+        embedding: Tensor = self._model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         given = {name: embedding.new_zeros(shape, dtype=_DTYPES.get(name)) for name in inputs}
         if "inputs_embeds" in given:
             given["inputs_embeds"] = embedding.new_zeros((*shape, embedding.size(1)))
@@ -144,7 +148,7 @@ class GraphedForward:
             return "autocast is on: cast the model itself"
         if current_records() is not None:
             return "record_skimming() is open"
-        if is_in_torch_dispatch_mode() or torch.jit.is_tracing():
+        if _get_current_dispatch_mode() is not None or torch.jit.is_tracing():
             return "the forward is being traced"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "the caller is capturing a graph of its own"
@@ -191,11 +195,12 @@ class GraphedForward:
         if self._watch is None or self._watch.changed() or self._weights_are_gone():
             self.release()
             self._watch = Watch(self._model)
-        for name, module in self._watch.modules:
-            if module.training:
-                return f"{name} is in training mode"
-            if name and (module._forward_hooks or module._forward_pre_hooks):
-                return f"{name} has hooks, which a replay would not call"
+            self._modules = [module for _, module in self._watch.modules]
+            self._hooks = [hooks for m in self._modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        if any(map(operator.attrgetter("training"), self._modules)):
+            return "a part of the model is in training mode"
+        if any(self._hooks):
+            return "a part of the model has hooks, which a replay would not call"
         return None
 
     def _weights_are_gone(self) -> bool:
@@ -252,7 +257,7 @@ def _checked(inputs: Tensors, device: torch.device, longest: int) -> Request | s
     return Request(inputs, shape)
 
 
-def _longest(model: PreTrainedModel) -> int:
+def _longest(model: Any) -> int:
     """Tokens that a sequence may have; RoBERTa counts positions from behind its padding's."""
     positions = model.base_model.embeddings.position_embeddings
     return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)

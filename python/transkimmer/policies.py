@@ -58,7 +58,7 @@ class SchedulePolicy:
         # Entries behind the list are garbage: whatever they get is ignored.
         sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True).clamp_(max=batch.batch - 1)
         lengths = batch.cu_seqlens.diff()
-        # A bound of a few thousand tokens will do, and nothing is read back; packed input may come without a useful one.
+        # A bound that is not too large will do, and nothing is read back; packed input may come without one.
         longest = batch.max_seqlen if batch.max_seqlen <= _LONGEST_TABLE else int(lengths.max())
         depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
         position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)

@@ -75,7 +75,7 @@ class Skimming:
 
     @property
     def cuda_graphs(self) -> str:
-        """"auto": on a GPU, an inference forward is one CUDA graph from its size's second use on. "off": never.
+        """ "auto": on a GPU, an inference forward is one CUDA graph from its size's second use on. "off": never.
 
         Like `kernels`, and unlike `config`, this belongs to the machine and is not saved with the model.
         """
@@ -184,7 +184,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     skimming = Skimming(encoder, model.config._attn_implementation, forward)
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
     model.forward = forward
-    model._replicate_for_data_parallel = forward.replicate
+    model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
     model.set_attn_implementation(ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, config.to_dict())
     skimming._hooks = [
