@@ -23,6 +23,7 @@ from transkimmer_kernels.runtime.graphs import ENGINES
 from ..tape import TapeEngine
 from .tiny import ARCHITECTURES, HEADS, LAYERS, padded_inputs, tiny, undecided_predictors
 
+pytestmark = pytest.mark.default_kernels("is about what stands around the kernels, and too long for an interpreter")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 # Full, shorter, fewer, one of one token, an empty sequence among others.
 BATCHES = ((9, 1, 14, 5), (3, 8, 2, 8), (7, 2), (16, 16, 16, 16), (1, 1), (16, 1, 2, 3))
@@ -328,7 +329,6 @@ def test_the_model_stays_a_hugging_face_model(tapes: None) -> None:
     assert "forward" not in vars(remove_skimming(model))
 
 
-@pytest.mark.default_kernels("Triton's interpreter is not made for threads")
 def test_threads_and_models(tapes: None) -> None:
     models = [skimming(), skimming("albert", "token")]
     wrong: list[BaseException] = []
