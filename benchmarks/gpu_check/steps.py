@@ -84,6 +84,7 @@ WHOLE_MODELS = {
     "invariants": "training == pruned inference == dense when nothing is skimmed",
     "sync": "an inference forward never waits for the device",
     "graphs": "a captured forward follows lengths and masks, and equals the eager one",
+    "replay": "1000 replays of a model's own graph equal eager; one launch, no waiting",
 }
 # Module under benchmarks/kernels/ -> seconds it may take.
 BENCHMARKS = {"compact": 30, "skim_logit": 60, "linear": 80, "attention": 90}

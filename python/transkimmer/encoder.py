@@ -182,10 +182,15 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
 
     output: [batch * seq, d], changed in place; mask: [batch, seq].
     """
-    if mask is None or mask.size(1) == 0 or (mask.device.type == "cpu" and bool(mask[:, 0].all())):
+    if mask is None or mask.size(1) == 0 or _known_to_start_in_front(mask):
         return
     front = torch.arange(mask.size(0), device=mask.device) * mask.size(1)  # [batch]
     output[front] = output[front + mask.to(torch.int8).argmax(1)]
+
+
+def _known_to_start_in_front(mask: Tensor) -> bool:
+    """Only a CPU is asked: a device would have to be waited for."""
+    return mask.device.type == "cpu" and bool(mask[:, 0].all())
 
 
 def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:

@@ -58,7 +58,9 @@ class SchedulePolicy:
         # Entries behind the list are garbage: whatever they get is ignored.
         sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True).clamp_(max=batch.batch - 1)
         lengths = batch.cu_seqlens.diff()
-        depths = _depth_table(tuple(ratios), int(lengths.max())).to(token.device)
+        # A bound that is not too large will do, and nothing is read back; packed input may come without one.
+        longest = batch.max_seqlen if batch.max_seqlen <= _LONGEST_TABLE else int(lengths.max())
+        depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
         position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
         self.depth = depths[lengths[sequence], position]
 
@@ -73,8 +75,11 @@ def scheduled_count(length: Tensor, ratio: float) -> Tensor:
     return (length * ratio).round().long().clamp(min=1)
 
 
-@functools.lru_cache(maxsize=16)
-def _depth_table(ratios: tuple[float, ...], longest: int) -> Tensor:
+_LONGEST_TABLE = 2048
+
+
+@functools.cache  # never forgotten: a captured graph knows no more of it than where it lies
+def _depth_table(ratios: tuple[float, ...], longest: int, device: torch.device) -> Tensor:
     """int16 [longest + 1, longest or 1]: entry [n, p] is how many layers work on position p of a sequence of n tokens.
 
     Positions are ranked by the fractional part of their multiple of the golden ratio, so that any number of first
@@ -88,7 +93,7 @@ def _depth_table(ratios: tuple[float, ...], longest: int) -> Tensor:
     depth = torch.zeros_like(rank)
     for ratio in ratios:
         depth += rank < scheduled_count(length, ratio)[:, None]
-    return depth.short()
+    return depth.short().to(device)
 
 
 def logistic_noise(like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,10 +10,12 @@ from transformers import PreTrainedModel
 
 from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
+from transkimmer_kernels.runtime import GraphCache
 
 from .architectures import architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .encoder import ATTENTION_NAME, SkimmingEncoder, skimming_class
+from .graphs import MODES, GraphedForward
 from .predictor import SkimPredictor
 from .records import take_skim_loss
 from .weights import WeightCache
@@ -24,9 +27,10 @@ CONFIG_KEY = "skimming"
 class Skimming:
     """The handle `model.skimming`: what can be read and changed about skimming on a live model."""
 
-    def __init__(self, encoder: SkimmingEncoder, former_attention: str) -> None:
+    def __init__(self, encoder: SkimmingEncoder, former_attention: str, forward: GraphedForward) -> None:
         self._encoder = encoder
         self._former_attention = former_attention
+        self._forward = forward
         self._hooks: list[Any] = []
         self.predictors = encoder.skim_predictors
 
@@ -68,6 +72,54 @@ class Skimming:
     @first_token_only.setter
     def first_token_only(self, value: bool) -> None:
         self._encoder.skim_first_token_only = bool(value)
+
+    @property
+    def cuda_graphs(self) -> str:
+        """ "auto": on a GPU, an inference forward is one CUDA graph from its size's second use on. "off": never.
+
+        Like `kernels`, and unlike `config`, this belongs to the machine and is not saved with the model.
+        """
+        return self._forward.mode
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"cuda_graphs={mode!r}: must be one of {', '.join(MODES)}")
+        self._forward.mode = mode
+        if mode == "off":
+            self._forward.release()
+
+    def capture(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        inputs: Sequence[str] = ("input_ids", "attention_mask"),
+        num_choices: int | None = None,
+    ) -> None:
+        """Captures a CUDA graph now; from then on it serves every input that fits into its size.
+
+        Args:
+            batch_size: most sequences of an input; sequence_length: most tokens of a sequence.
+            inputs: the arguments that the model will be called with. `attention_mask` is always among them.
+            num_choices: of a multiple-choice model, exactly.
+
+        Raises:
+            ValueError: an argument is out of range.
+            RuntimeError: nothing can be captured now, with the reason; or the graph is larger than
+                `graphs.max_bytes`.
+        """
+        self._forward.capture(batch_size, sequence_length, inputs, num_choices)
+
+    @property
+    def graphs(self) -> GraphCache:
+        """The captured graphs: how many, their bytes, and the limits, which may be set."""
+        return self._forward.cache
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why the last forward was not a replay of a graph; None if it was."""
+        return self._forward.why_eager
 
     def refresh(self) -> None:
         """Prepares the kernels' copy of the weights anew; needed only after writing through `param.data` in place."""
@@ -133,8 +185,11 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     encoder.skim_enabled = True
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
-    skimming = Skimming(encoder, model.config._attn_implementation)
+    forward = GraphedForward(model, encoder)
+    skimming = Skimming(encoder, model.config._attn_implementation, forward)
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
+    model.forward = forward
+    model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
     model.set_attn_implementation(ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, config.to_dict())
     skimming._hooks = [
@@ -155,7 +210,8 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
         if name.startswith("skim_"):
             delattr(encoder, name)
     encoder.__class__ = type(encoder).__mro__[2]
-    del model.skimming
+    skimming._forward.release()
+    del model.skimming, model.forward, model._replicate_for_data_parallel
     delattr(model.config, CONFIG_KEY)
     model.set_attn_implementation(skimming._former_attention)
     return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +35,15 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[tuple[Any, ...], _Watch, EncoderWeights] | None = None
+        self._held: tuple[tuple[Any, ...], Watch, EncoderWeights] | None = None
 
     def clear(self) -> None:
         self._held = None
+
+    @property
+    def held(self) -> EncoderWeights | None:
+        """What the last `get` returned, None after `clear`."""
+        return None if self._held is None else self._held[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()  # packed weights cannot be copied, and the copy's parameters are others
@@ -59,29 +66,34 @@ class WeightCache:
             self._held = None  # frees the old copy before the new one is made
             with torch.inference_mode(False), torch.no_grad():
                 weights = _prepare(encoder, architecture, predictors, kernels, dtype, first_token_only)
-            held = self._held = (key, _Watch(encoder), weights)
+            held = self._held = (key, Watch(encoder), weights)
         return held[2]
 
 
-class _Watch:
-    """Notices a change of any parameter below a module. Walking the modules each time would take four times as long."""
+class Watch:
+    """Notices a change of any parameter below a module, and a buffer that is another.
+
+    Walking the modules each time would take several times as long; what runs here per parameter is not even Python.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        tables: list[dict[str, Any]] = [t for m in module.modules() for t in (m._modules, m._parameters) if t]
-        self._tables = [(table, list(table.values())) for table in tables]
+        self.modules = list(module.named_modules())
+        self._tables = [t for _, m in self.modules for t in (m._modules, m._parameters, m._buffers) if t]
+        self._sizes, self._values = list(map(len, self._tables)), list(self._listed())
         self._parameters = list(module.parameters())
+        # An inference tensor has no version counter, and no way to be changed outside of inference mode.
+        self._counting = [p for p in self._parameters if not p.is_inference()]
         self._states = self._read_states()
 
+    def _listed(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._tables))
+
     def _read_states(self) -> list[int]:
-        # An inference tensor has no version counter, and no way to be changed outside of inference mode.
-        versions = [0 if p.is_inference() else p._version for p in self._parameters]
-        return versions + [p.data_ptr() for p in self._parameters]
+        return [*map(operator.attrgetter("_version"), self._counting), *map(Tensor.data_ptr, self._parameters)]
 
     def changed(self) -> bool:
-        for table, values in self._tables:
-            if len(table) != len(values) or not all(map(operator.is_, table.values(), values)):
-                return True
-        return self._read_states() != self._states
+        same = list(map(len, self._tables)) == self._sizes and all(map(operator.is_, self._listed(), self._values))
+        return not same or self._read_states() != self._states
 
 
 def _prepare(

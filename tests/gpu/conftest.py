@@ -64,11 +64,12 @@ def small_bert(dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 
 def skimming_bert(place: Place, dtype: torch.dtype) -> PreTrainedModel:
-    """One that skims about half of the tokens in each layer."""
+    """One that skims about half of the tokens in each layer, and captures no graphs until it is told to."""
     model = add_skimming(small_bert(torch.float32, "cpu"), kernels="reference")
     undecided_predictors(model)
     model = model.to(place.device, dtype)
     model.skimming.kernels = place.kernels
+    model.skimming.cuda_graphs = "off"
     return model
 
 

@@ -15,7 +15,6 @@ import torch
 
 from transkimmer_kernels import triton_support
 from transkimmer_kernels.library import OPERATORS
-from transkimmer_kernels.registry import kernel_set, select_backend
 
 from ..ops import cases
 from ..ops.cases import Source
@@ -29,7 +28,9 @@ if triton_support.interpreted():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import create_function_from_signature
+
+from .launches import launches_go_to
 
 # One row and none, numbers that 16 divides and others, one tile and many, few sequences and many.
 BATCHES = ((7000, 3), (1,), (16,) * 16, (17, 0, 5), (0, 0), (2048,), (1,) * 333, (4096, 64))
@@ -50,7 +51,7 @@ Keys = dict[str, set[str]]
 
 
 @pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
+def keys() -> Iterator[Keys]:
     """Kernel -> what its launches would be looked up by, for sm_90; launches do nothing else."""
     found: Keys = defaultdict(set)
     backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -60,16 +61,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
         _, specialisation, options = bind(*args, **kwargs)
         found[kernel.__name__].add(f"{specialisation} {options}")
 
-    monkeypatch.setattr(JITFunction, "run", run)
-    for operator in OPERATORS.values():
-        if "triton" in operator.backends:
-            monkeypatch.setitem(operator.backends, "triton", lambda: None)
-    caches = (select_backend, kernel_set)
-    for cache in caches:
-        cache.cache_clear()
-    yield found
-    for cache in caches:
-        cache.cache_clear()
+    with launches_go_to(run):
+        yield found
 
 
 def _launch(operator: str, lengths: tuple[int, ...], spare: int) -> None:

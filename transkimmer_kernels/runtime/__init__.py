@@ -1,5 +1,6 @@
-"""The ragged encoder loop."""
+"""The ragged encoder loop, and captured forwards."""
 
 from .encoder import LayerWeights, Policy, PredictorWeights, Trace, run_encoder
+from .graphs import GraphCache, GraphTooLarge
 
-__all__ = ["LayerWeights", "Policy", "PredictorWeights", "Trace", "run_encoder"]
+__all__ = ["GraphCache", "GraphTooLarge", "LayerWeights", "Policy", "PredictorWeights", "Trace", "run_encoder"]

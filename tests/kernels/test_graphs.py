@@ -1,0 +1,125 @@
+"""The cache of captured graphs, on tapes: which are kept, how large they may be, and that they take turns."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from transkimmer_kernels.runtime import GraphCache, GraphTooLarge
+from transkimmer_kernels.runtime.graphs import ENGINES, CudaEngine, round_up
+
+from ..tape import Tape, TapeEngine
+
+
+class Scaled:
+    """factor * x + 1 on a buffer of `size` numbers."""
+
+    def __init__(self, size: int, factor: float = 2.0) -> None:
+        self.buffer, self.factor = torch.zeros(size), factor
+        self.nbytes = self.buffer.nbytes
+
+    def load(self, request: Tensor) -> None:
+        self.buffer[: request.numel()].copy_(request)
+
+    def run(self) -> dict[str, Tensor]:
+        return {"y": self.buffer.mul(self.factor).add_(1)}
+
+    def result(self, outputs: dict[str, Tensor], request: Tensor) -> Tensor:
+        return outputs["y"][: request.numel()].clone()
+
+
+def _cache(**limits: int) -> GraphCache:
+    return GraphCache(lambda: TapeEngine(torch.device("cpu")), **limits)
+
+
+def _ask(cache: GraphCache, size: int, *numbers: float) -> list[float]:
+    return cache.replay(size, lambda: Scaled(size), torch.tensor(numbers)).tolist()
+
+
+def test_one_capture_serves_many_requests() -> None:
+    cache = _cache()
+    first = cache.replay(8, lambda: Scaled(8), torch.tensor([1.0, 2.0]))
+    assert _ask(cache, 8, 5, 6, 7) == [11, 13, 15]
+    assert first.tolist() == [3, 5], "a result is a copy"
+    assert _ask(cache, 4, 1) == [3] and _ask(cache, 8, 1) == [3], "graphs that share memory"
+    assert (cache.captures, cache.replays, len(cache)) == (2, 4, 2)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = _cache(max_graphs=2)
+    for size in (1, 2, 1, 3):
+        _ask(cache, size, 1)
+    assert [size in cache for size in (1, 2, 3)] == [True, False, True]
+    _ask(cache, 2, 1)
+    assert cache.captures == 4 and len(cache) == 2 and 1 not in cache
+
+
+def test_bytes_are_bounded() -> None:
+    cache = _cache(max_bytes=1000)
+    for size in (20, 30, 40):  # 8 bytes each for input and output
+        _ask(cache, size, 1)
+    assert len(cache) == 3 and cache.bytes_held == 8 * 90
+    assert _ask(cache, 60, 1) == [3]
+    assert len(cache) == 1 and cache.bytes_held == 8 * 60, "memory that is shared goes as a whole"
+    with pytest.raises(GraphTooLarge, match=r"takes 1600 bytes, more than max_bytes=1000"):
+        _ask(cache, 200, 1)
+    assert len(cache) == cache.bytes_held == 0
+    assert _ask(cache, 2, 1) == [3]
+
+
+def test_a_failed_capture_leaves_nothing() -> None:
+    class Reading(Scaled):
+        def run(self) -> dict[str, Tensor]:
+            return super().run() if float(self.buffer[0]) else {}
+
+    cache = _cache()
+    with pytest.raises(RuntimeError, match="_local_scalar_dense reads from the device"):
+        cache.replay(1, lambda: Reading(1), torch.ones(1))
+    assert len(cache) == cache.captures == 0
+    assert _ask(cache, 1, 1) == [3]
+
+
+def test_threads_take_turns() -> None:
+    cache = _cache(max_graphs=2)
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        try:
+            for i in range(60):
+                if _ask(cache, 1 + i % 3, number) != [2 * number + 1]:
+                    wrong.append(number)
+        except BaseException as error:  # an assertion in a thread would otherwise be lost
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and cache.replays == 240
+
+
+def test_sizes_waste_less_than_a_quarter() -> None:
+    assert [round_up(n) for n in (1, 5, 8, 9, 16, 17, 33, 128, 129, 512)] == [1, 5, 8, 10, 16, 20, 40, 128, 160, 512]
+    for n in range(1, 5000):
+        assert n <= round_up(n) < 1.25 * n and round_up(round_up(n)) == round_up(n)
+    assert len({round_up(n) for n in range(1, 513)}) == 32
+
+
+def test_a_tape_is_as_strict_as_a_graph() -> None:
+    """What Python decided stays decided, and results lie where they lay."""
+    call = Scaled(2)
+    tape = TapeEngine(torch.device("cpu")).capture(call.run)
+    assert isinstance(tape, Tape) and tape.outputs["y"].isnan().all()
+    call.factor = 5.0
+    call.load(torch.tensor([1.0, 2.0]))
+    place = tape.outputs["y"].data_ptr()
+    tape.replay()
+    assert tape.outputs["y"].tolist() == [3, 5] and tape.outputs["y"].data_ptr() == place
+
+
+def test_only_cuda_captures() -> None:
+    assert {"cuda": CudaEngine} == ENGINES
