@@ -18,8 +18,10 @@ from transkimmer_kernels import native
 from transkimmer_kernels.files import write_whole
 
 from ..config import SkimConfig
-from ..data import TokenizedSentences, padded_batches, read_sst2, sample_path
+from ..data import TokenizedExamples, padded_batches, sample_path
 from ..skimming import add_skimming
+from ..tasks import TASKS
+from ..tasks.reading import read_table
 from . import show, workload
 from .timing import Row, compare
 
@@ -71,8 +73,8 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
     from ..demo import CLASS_NAMES, load_demo, stored_figures
 
     model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
-    sentences = read_sst2(sample_path())
-    examples = TokenizedSentences(sentences, tokenizer)
+    sentences = read_table(sample_path(), TASKS["sst2"])
+    examples = TokenizedExamples(sentences, tokenizer)
     batches = []
     for batch in padded_batches(examples, tokenizer, arguments.batch_size or 32):
         labels = batch.pop("labels")
