@@ -14,12 +14,14 @@ from . import __version__
 def build_parser() -> argparse.ArgumentParser:
     from .bench import command as bench
     from .demo import train as demo_train
+    from .training import command as train
 
     parser = argparse.ArgumentParser(prog="transkimmer", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module, text in (
         ("bench", bench, "time dense against skimming, side by side, on real text"),
+        ("train", train, "fine-tune a skimming model on a task"),
         ("train-demo", demo_train, "train the demo model anew from the pretrained MiniLM"),
     ):
         sub = commands.add_parser(name, help=text, description=text)

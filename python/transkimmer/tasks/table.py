@@ -23,6 +23,8 @@ class Task:
         file_labels: class number by what the file says; None: the numbers 0, 1, ... themselves.
         score_range: of a predicted number.
         padded_length: tokens that the paper pads the task to (Transkimmer, Table 2).
+        paper_skim_weight: the lambda that the paper trains it with (Table 2).
+        paper_epochs: of the published scripts.
         skips_short_rows: whether the official file is known to have a few broken rows, which are left out.
     """
 
@@ -38,6 +40,8 @@ class Task:
     file_labels: Mapping[str, int] | None = None
     score_range: tuple[float, float] = (0.0, 5.0)
     padded_length: int = 128
+    paper_skim_weight: float = 0.5
+    paper_epochs: int = 3
     skips_short_rows: bool = False
 
     @property
@@ -87,6 +91,7 @@ TASKS: dict[str, Task] = {
             files=_TSV,
             hub_splits=_GLUE_SPLITS,
             padded_length=64,
+            paper_skim_weight=0.3,
         ),
         Task(
             name="rte",
@@ -100,6 +105,7 @@ TASKS: dict[str, Task] = {
             hub_splits=_GLUE_SPLITS,
             file_labels=_numbered(_ENTAILMENT),
             padded_length=256,
+            paper_skim_weight=0.8,
         ),
         Task(
             name="qqp",
@@ -112,6 +118,7 @@ TASKS: dict[str, Task] = {
             files=_TSV,
             hub_splits=_GLUE_SPLITS,
             skips_short_rows=True,
+            paper_skim_weight=0.2,
         ),
         Task(
             name="mrpc",
@@ -127,6 +134,7 @@ TASKS: dict[str, Task] = {
                 "test": ("msr_paraphrase_test.txt",),
             },
             hub_splits=_GLUE_SPLITS | {"test": "test"},
+            paper_epochs=5,
         ),
         Task(
             name="sst2",
@@ -139,6 +147,7 @@ TASKS: dict[str, Task] = {
             files=_TSV,
             hub_splits=_GLUE_SPLITS,
             padded_length=64,
+            paper_skim_weight=0.3,
         ),
         Task(
             name="mnli",
@@ -159,6 +168,7 @@ TASKS: dict[str, Task] = {
                 "dev-mismatched": "validation_mismatched",
             },
             file_labels=_numbered(("entailment", "neutral", "contradiction")),
+            paper_skim_weight=0.2,
         ),
         Task(
             name="wnli",
@@ -170,6 +180,7 @@ TASKS: dict[str, Task] = {
             columns=_PAIR,
             files=_TSV,
             hub_splits=_GLUE_SPLITS,
+            paper_epochs=5,
         ),
         Task(
             name="qnli",
@@ -182,6 +193,7 @@ TASKS: dict[str, Task] = {
             files=_TSV,
             hub_splits=_GLUE_SPLITS,
             file_labels=_numbered(_ENTAILMENT),
+            paper_skim_weight=0.1,
         ),
         Task(
             name="stsb",
@@ -198,6 +210,7 @@ TASKS: dict[str, Task] = {
             },
             hub_splits=_GLUE_SPLITS,
             padded_length=64,
+            paper_skim_weight=0.3,
         ),
         Task(
             name="20news",
@@ -211,6 +224,7 @@ TASKS: dict[str, Task] = {
             hub_splits=_TEST_IS_DEV,
             file_labels=_numbered(_NEWSGROUPS),
             padded_length=512,
+            paper_epochs=5,
         ),
         Task(
             name="yelp",
@@ -228,6 +242,7 @@ TASKS: dict[str, Task] = {
             hub_splits=_TEST_IS_DEV,
             file_labels=_numbered(("1", "2", "3", "4", "5")),
             padded_length=512,
+            paper_epochs=2,
         ),
         Task(
             name="imdb",
