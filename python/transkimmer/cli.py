@@ -15,6 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     from .bench import command as bench
     from .bench import profiling
     from .demo import train as demo_train
+    from .training import command as train
+    from .training import evaluation_command as evaluate
 
     parser = argparse.ArgumentParser(prog="transkimmer", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -22,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, text in (
         ("bench", bench, "time dense against skimming, side by side, on real text"),
         ("profile", profiling, "where a forward's time goes: by operator, by layer, and between kernels"),
+        ("train", train, "fine-tune a skimming model on a task"),
+        ("evaluate", evaluate, "judge a trained model: metric, FLOPs, wall-clock time, tokens kept"),
         ("train-demo", demo_train, "train the demo model anew from the pretrained MiniLM"),
     ):
         sub = commands.add_parser(name, help=text, description=text)

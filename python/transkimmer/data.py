@@ -1,10 +1,8 @@
-"""Sentence files of the GLUE kind, and batches made from them."""
+"""Examples of text tasks, and batches made from them."""
 
 from __future__ import annotations
 
-import csv
-import lzma
-import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,33 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Sentence:
+class Example:
+    """A text, or a pair of them, and its class number, or the number to predict."""
+
     text: str
-    label: int
-
-
-def read_sst2(path: str | os.PathLike[str]) -> list[Sentence]:
-    """Reads an SST-2 file: UTF-8, tab-separated, unquoted, header `sentence label`, labels 0 and 1; `.xz` is unpacked.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, a label that is not 0 or 1, or no rows; names file and line.
-    """
-    path = Path(path)
-    unpack = lzma.open if path.suffix == ".xz" else open
-    with unpack(path, "rt", encoding="utf-8") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(rows, [])
-        if header[:2] != ["sentence", "label"]:
-            raise ValueError(f"{path}: expected the header 'sentence<tab>label', got {header}")
-        sentences = []
-        for number, row in enumerate(rows, start=2):
-            if len(row) != 2 or row[1] not in ("0", "1"):
-                raise ValueError(f"{path}, line {number}: expected a sentence and a label 0 or 1, got {row}")
-            sentences.append(Sentence(row[0], int(row[1])))
-    if not sentences:
-        raise ValueError(f"{path}: has a header but no sentences")
-    return sentences
+    label: int | float
+    pair: str | None = None
 
 
 def sample_path() -> Path:
@@ -51,33 +28,52 @@ def sample_path() -> Path:
     return Path(str(resources.files("transkimmer"))) / "demo" / "sst2-dev.tsv"
 
 
-class TokenizedSentences(Dataset[dict[str, object]]):
-    """Examples with `input_ids` and `labels`, and `teacher_logits` where they are given, for a `Trainer`."""
+class TokenizedExamples(Dataset[dict[str, object]]):
+    """Examples with `input_ids` and `labels`, and `teacher_logits` where they are given, for a `Trainer`.
+
+    Texts longer than `max_length` tokens are cut (of a pair, the longer one), and a warning says how many.
+    """
 
     def __init__(
         self,
-        sentences: Sequence[Sentence],
+        examples: Sequence[Example],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int = 512,
         teacher_logits: Tensor | None = None,
     ) -> None:
-        texts = [sentence.text for sentence in sentences]
-        self.input_ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        self.labels = [sentence.label for sentence in sentences]
+        self.columns: dict[str, list[list[int]]] = dict(_tokenize(examples, tokenizer, max_length))
+        self.input_ids = self.columns["input_ids"]
+        self.labels = [example.label for example in examples]
         self.teacher_logits = teacher_logits
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        example: dict[str, object] = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        example: dict[str, object] = {name: column[index] for name, column in self.columns.items()}
+        example["labels"] = self.labels[index]
         if self.teacher_logits is not None:
             example["teacher_logits"] = self.teacher_logits[index].tolist()
         return example
 
 
+def _tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[list[int]]]:
+    texts = [example.text for example in examples]
+    pairs = [example.pair for example in examples if example.pair is not None]
+    if pairs and len(pairs) != len(texts):
+        raise ValueError(f"examples: {len(pairs)} of {len(texts)} have a second text; all must, or none")
+    encoding = tokenizer(texts, pairs or None, verbose=False, return_attention_mask=False)
+    too_long = sum(len(ids) > max_length for ids in encoding["input_ids"])
+    if too_long:
+        encoding = tokenizer(texts, pairs or None, truncation=True, max_length=max_length, return_attention_mask=False)
+        warnings.warn(f"{too_long} of {len(texts)} texts are cut to {max_length} tokens", stacklevel=3)
+    return encoding
+
+
 def padded_batches(
-    examples: TokenizedSentences, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, sort: bool = False
+    examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, sort: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Batches padded to their longest example, in the order of the file or (`sort`) by length."""
     order = list(range(len(examples)))
@@ -85,6 +81,7 @@ def padded_batches(
         order.sort(key=lambda i: len(examples.input_ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [examples.input_ids[i] for i in chosen]}, return_tensors="pt")
+        columns = {name: [column[i] for i in chosen] for name, column in examples.columns.items()}
+        batch = tokenizer.pad(columns, return_tensors="pt")
         batch["labels"] = torch.tensor([examples.labels[i] for i in chosen])
         yield dict(batch)

@@ -64,3 +64,8 @@ class EncoderShape:
     def flops_speedup(self, lengths: Tensor, layer_lengths: Tensor) -> float:
         """Dense FLOPs over skimming FLOPs as the paper counts them: every layer in full, neither with any padding."""
         return self.dense_flops(lengths) / max(self.skimming_flops(lengths, layer_lengths), 1)
+
+    def padded_flops_speedup(self, lengths: Tensor, layer_lengths: Tensor, padded_length: int) -> float:
+        """The same over a dense run on sequences padded to `padded_length` (the paper's "Sequence" column)."""
+        dense = self.dense_flops(lengths.clamp(min=padded_length))
+        return dense / max(self.skimming_flops(lengths, layer_lengths), 1)

@@ -6,7 +6,9 @@ decisions (straight-through Gumbel softmax; Transkimmer, sections 3.3 and 4.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,19 @@ from transkimmer_kernels import KernelSet
 from .architectures import Architecture, get
 from .config import SkimConfig
 from .policies import logistic_noise
+
+# The logit from which a token is kept while no noise is drawn; None: decisions are drawn.
+_noiseless: ContextVar[float | None] = ContextVar("transkimmer_noiseless", default=None)
+
+
+@contextmanager
+def decisions_without_noise(logit_threshold: float) -> Iterator[None]:
+    """Inside the block, training forwards keep what inference keeps at `logit_threshold`, instead of drawing."""
+    token = _noiseless.set(logit_threshold)
+    try:
+        yield
+    finally:
+        _noiseless.reset(token)
 
 
 @dataclass
@@ -73,7 +88,8 @@ def train_encoder(
 
 def straight_through_keep(logit: Tensor, temperature: float) -> Tensor:
     """A 0/1 draw with P(1) = sigmoid(logit) and the gradient of sigmoid((logit + noise) / temperature) (Eq. 5)."""
-    noisy = logit + logistic_noise(logit)
+    threshold = _noiseless.get()
+    noisy = logit + logistic_noise(logit) if threshold is None else logit - threshold
     soft = torch.sigmoid(noisy / temperature)
     # Written so that the value is exactly 0 or 1: hard + (soft - soft) rounds to it, (hard - soft) + soft does not.
     return (noisy > 0).float() + (soft - soft.detach())

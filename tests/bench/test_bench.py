@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import re
 import time
 from functools import partial
@@ -11,30 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transkimmer import SkimConfig, add_skimming
 from transkimmer.bench import show, workload
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
 from transkimmer.bench.timing import compare, paired_speedup, time_in_turn
 from transkimmer.cli import main
-from transkimmer.data import read_sst2, sample_path
 from transkimmer.flops import EncoderShape
 
 from ..models.tiny import LAYERS, VOCABULARY, tiny
+from ..models.words import word_tokenizer
 
 RATIOS = [1.0, 0.6, 0.2]
 LENGTHS = [9, 4, 14, 6, 11, 5, 3, 20]
-PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##happy", "dog")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    pieces = {piece: number for number, piece in enumerate(PIECES)}
-    word_piece = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
-    word_piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    word_piece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(tokenizer_object=word_piece, pad_token="[PAD]", unk_token="[UNK]")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -228,41 +221,3 @@ def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--dtype", "fp64"])
     assert "--dtype" in capsys.readouterr().err
-
-
-# Sentence files
-
-
-@pytest.mark.parametrize("suffix", [".tsv", ".tsv.xz"])
-def test_sentence_files(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"train{suffix}"
-    content = 'sentence\tlabel\nun film "étrange \t1\nflat\t0\n'.encode()
-    path.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
-    assert [(s.text, s.label) for s in read_sst2(path)] == [('un film "étrange ', 1), ("flat", 0)]
-
-
-def test_the_sentences_that_come_along() -> None:
-    sentences = read_sst2(sample_path())
-    assert len(sentences) == 872 and sum(sentence.label for sentence in sentences) == 444
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("sentence\nflat\n", r"dev\.tsv: expected the header .*\['sentence'\]"),
-        ("sentence\tlabel\nfine\t1\nflat\t2\n", r"dev\.tsv, line 3: .*0 or 1, got \['flat', '2'\]"),
-        ("sentence\tlabel\nflat\n", r"dev\.tsv, line 2: expected a sentence and a label"),
-        ("sentence\tlabel\n", r"dev\.tsv: has a header but no sentences"),
-        ("", r"dev\.tsv: expected the header"),
-    ],
-)
-def test_bad_sentence_files(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "dev.tsv"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_sst2(path)
-
-
-def test_missing_sentence_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.tsv"):
-        read_sst2(tmp_path / "none.tsv")

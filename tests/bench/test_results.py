@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transkimmer.data import TokenizedSentences, padded_batches, read_sst2, sample_path
+from transkimmer.data import TokenizedExamples, padded_batches, sample_path
 from transkimmer.demo import load_demo, stored_figures
+from transkimmer.tasks import TASKS
+from transkimmer.tasks.reading import read_table
 from transkimmer.training import evaluate_classifier
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +38,7 @@ def test_stored_results_are_complete(path: Path) -> None:
 def test_the_demo_is_as_good_as_stored() -> None:
     """The committed weights on all of SST-2's development sentences, by the deterministic decision."""
     model, tokenizer = load_demo()
-    examples = TokenizedSentences(read_sst2(sample_path()), tokenizer)
+    examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"]), tokenizer)
     result = evaluate_classifier(model, padded_batches(examples, tokenizer, 64, sort=True))
     stored = stored_figures()
     # Other processors round differently; a sentence on the edge may fall to the other side.
@@ -50,7 +52,7 @@ def test_the_demo_in_bf16_gives_the_same_answers() -> None:
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_demo(dtype=dtype)
-        examples = TokenizedSentences(read_sst2(sample_path())[:128], tokenizer)
+        examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"])[:128], tokenizer)
         batches = padded_batches(examples, tokenizer, 32)
         answers.append(evaluate_classifier(model, batches).predictions)
     assert (answers[0] == answers[1]).double().mean() >= 0.97

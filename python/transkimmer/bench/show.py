@@ -65,20 +65,24 @@ def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
 
 @torch.no_grad()
 def word_depths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
 ) -> tuple[list[tuple[str, int]], int]:
-    """(words with the number of layers that read them, predicted class); a word is read as long as any piece of it."""
-    encoding = tokenizer(text, return_tensors="pt", truncation=True)
+    """(words with the number of layers that read them, predicted class); a word is read as long as any piece of it.
+
+    The words of a second text, `pair`, follow those of the first.
+    """
+    encoding = tokenizer(text, pair, return_tensors="pt", truncation=True)
     with record_skimming() as records:
         predicted = int(model(**encoding).logits.argmax())
     depth = records[0].keep_masks[:, 0].sum(0)  # [seq]
-    spans: dict[int, tuple[int, int, int]] = {}
-    for token, word in enumerate(encoding.word_ids(0)):
+    spans: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for token, (which, word) in enumerate(zip(encoding.sequence_ids(0), encoding.word_ids(0), strict=True)):
         if word is not None:
             start, end = encoding.token_to_chars(0, token)
-            low, high, deepest = spans.get(word, (start, end, 0))
-            spans[word] = (min(low, start), max(high, end), max(deepest, int(depth[token])))
-    return [(text[low:high], deepest) for low, high, deepest in spans.values()], predicted
+            low, high, deepest = spans.get((which, word), (start, end, 0))
+            spans[which, word] = (min(low, start), max(high, end), max(deepest, int(depth[token])))
+    texts = (text, pair or "")
+    return [(texts[which][low:high], deepest) for (which, _), (low, high, deepest) in spans.items()], predicted
 
 
 def colour(depth: int, layers: int) -> str:
@@ -107,9 +111,10 @@ def print_sentences(
     console: Console,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str | None]],
     class_names: Sequence[str],
 ) -> None:
+    """Prints texts, or pairs of them, each behind the class that the model takes it for."""
     layers = model.config.num_hidden_layers
     numbers = console.color_system is None
     if numbers:
@@ -117,7 +122,7 @@ def print_sentences(
     else:
         console.print(legend(layers))
     for text in texts:
-        words, predicted = word_depths(model, tokenizer, text)
+        words, predicted = word_depths(model, tokenizer, *((text,) if isinstance(text, str) else text))
         console.print(Text(f"{class_names[predicted]:>9}  ").append_text(sentence_line(words, layers, numbers=numbers)))
 
 

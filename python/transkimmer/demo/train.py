@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from ..config import SkimConfig
-from ..data import Sentence, TokenizedSentences, padded_batches, read_sst2, sample_path
+from ..data import Example, TokenizedExamples, padded_batches, sample_path
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
+from ..tasks import TASKS
+from ..tasks.reading import read_table
 from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder, load_demo
 
 
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training import calibrate  # needs accelerate, which only training does
 
     recipe = Recipe()
-    sentences = read_sst2(arguments.data)
+    sentences = read_table(arguments.data, TASKS["sst2"])
     random.Random(0).shuffle(sentences)
     if arguments.limit is not None:
         sentences = sentences[: recipe.held_out + arguments.limit]
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     dense = _dense_model(train, tokenizer, recipe, arguments.work / "dense")
     long = [sentence for sentence in train if len(sentence.text.split()) >= recipe.min_words]
-    teacher_logits = _logits(dense, TokenizedSentences(long, tokenizer), tokenizer)
+    teacher_logits = _logits(dense, TokenizedExamples(long, tokenizer), tokenizer)
     figures: dict[str, Any] = {"recipe": vars(recipe), "train_sentences": len(train), "skim_train_sentences": len(long)}
     figures.update(_figures(dense, tokenizer, held_out, prefix="dense_"))
     model = _train_skimming(dense, long, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     _write_figures(figures, arguments.output)
     # What is calibrated and evaluated is what is stored: fp16 weights, loaded anew, without the Trainer's autocast.
     stored, _ = load_demo(folder=arguments.output)
-    held_out_batches = list(padded_batches(TokenizedSentences(held_out, tokenizer), tokenizer, 64, sort=True))
+    held_out_batches = list(padded_batches(TokenizedExamples(held_out, tokenizer), tokenizer, 64, sort=True))
     figures["calibration_shift"] = calibrate(stored, held_out_batches, recipe.flops_speedup)
     _save_weights(stored, arguments.output)
     stored, _ = load_demo(folder=arguments.output)
@@ -108,7 +110,7 @@ def _write_figures(figures: dict[str, Any], folder: Path) -> None:
 
 
 def _dense_model(
-    train: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
+    train: Sequence[Example], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
 ) -> PreTrainedModel:
     """The dense fine-tune, from `work` where an earlier run with the same settings has finished it."""
     settings = {"train_sentences": len(train), **{k: v for k, v in vars(recipe).items() if k in DENSE_SETTINGS}}
@@ -123,7 +125,7 @@ def _dense_model(
 
 
 def _train_dense(
-    train: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
+    train: Sequence[Example], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
 ) -> PreTrainedModel:
     set_seed(recipe.seed)
     model = AutoModelForSequenceClassification.from_pretrained(backbone_folder(), num_labels=2)
@@ -136,7 +138,7 @@ def _train_dense(
     Trainer(
         model=model,
         args=arguments,
-        train_dataset=TokenizedSentences(train, tokenizer),
+        train_dataset=TokenizedExamples(train, tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
     ).train()
     return model.eval()
@@ -144,7 +146,7 @@ def _train_dense(
 
 def _train_skimming(
     dense: PreTrainedModel,
-    train: Sequence[Sentence],
+    train: Sequence[Example],
     teacher_logits: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
@@ -166,7 +168,7 @@ def _train_skimming(
     SkimTrainer(
         model=model,
         args=arguments,
-        train_dataset=TokenizedSentences(train, tokenizer, teacher_logits=teacher_logits),
+        train_dataset=TokenizedExamples(train, tokenizer, teacher_logits=teacher_logits),
         data_collator=DataCollatorWithPadding(tokenizer),
     ).train()
     return model.eval()
@@ -192,7 +194,7 @@ def _common(recipe: Recipe, work: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, examples: TokenizedSentences, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _logits(model: PreTrainedModel, examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """fp32 [examples, 2], in the order of the examples."""
     order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
     logits = []
@@ -206,13 +208,13 @@ def _logits(model: PreTrainedModel, examples: TokenizedSentences, tokenizer: Pre
 
 
 def _figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Sentence], prefix: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Example], prefix: str
 ) -> dict[str, Any]:
     from ..training import evaluate_classifier
 
     figures: dict[str, Any] = {}
-    for name, sentences in (("", read_sst2(sample_path())), ("held_out_", held_out)):
-        batches = padded_batches(TokenizedSentences(sentences, tokenizer), tokenizer, 64, sort=True)
+    for name, sentences in (("", read_table(sample_path(), TASKS["sst2"])), ("held_out_", held_out)):
+        batches = padded_batches(TokenizedExamples(sentences, tokenizer), tokenizer, 64, sort=True)
         result = evaluate_classifier(model, batches)
         figures[f"{prefix}{name}accuracy"] = result.accuracy
         if not prefix:

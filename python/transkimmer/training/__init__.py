@@ -1,7 +1,17 @@
 """Training a skimming model: a Hugging Face `Trainer` with the few things skimming needs."""
 
 from .calibration import calibrate
-from .evaluation import SkimEvaluation, evaluate_classifier
-from .trainer import SkimTrainer, SkimTrainingArguments
+from .evaluation import ForwardDifference, SkimEvaluation, evaluate_classifier, training_forward_difference
+from .trainer import SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
 
-__all__ = ["SkimEvaluation", "SkimTrainer", "SkimTrainingArguments", "calibrate", "evaluate_classifier"]
+__all__ = [
+    "ForwardDifference",
+    "SkimEvaluation",
+    "SkimTrainer",
+    "SkimTrainingArguments",
+    "SteadyTrainer",
+    "TrainingDiverged",
+    "calibrate",
+    "evaluate_classifier",
+    "training_forward_difference",
+]

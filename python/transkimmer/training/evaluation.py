@@ -1,16 +1,19 @@
-"""Accuracy, tokens kept and FLOPs speedup of a classifier on a data set."""
+"""Metrics, tokens kept and FLOPs speedup of a model on a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..flops import EncoderShape
 from ..records import record_skimming
+from ..skimming import skimming_of
+from ..tasks.metrics import predicted, score
+from ..training_forward import decisions_without_noise
 
 
 @dataclass
@@ -18,18 +21,30 @@ class SkimEvaluation:
     """Figures over a whole data set, ratios of sums.
 
     Attributes:
-        accuracy: share of right predictions.
+        metrics: by name, as `transkimmer.tasks.score` gives them.
         tokens_kept: share of token-layers that were worked on.
         tokens_kept_by_layer: the same per layer.
         flops_speedup: dense FLOPs over skimming FLOPs, no padding counted, predictors included.
-        predictions: int64 [examples].
+        predictions: classes, int64 [examples], or numbers, fp32.
+        lengths: int64 [examples]; layer_lengths: int64 [layers, examples]: tokens there, and worked on by each layer.
     """
 
-    accuracy: float
+    metrics: dict[str, float]
     tokens_kept: float
     tokens_kept_by_layer: list[float]
     flops_speedup: float
     predictions: Tensor
+    lengths: Tensor = field(repr=False)
+    layer_lengths: Tensor = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        return self.metrics["accuracy"]
+
+    def to_dict(self) -> dict[str, object]:
+        """What is stored of it."""
+        names = ("metrics", "tokens_kept", "tokens_kept_by_layer", "flops_speedup")
+        return {name: getattr(self, name) for name in names} | {"examples": self.lengths.numel()}
 
 
 def predictor_width(model: PreTrainedModel) -> int:
@@ -39,34 +54,74 @@ def predictor_width(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def evaluate_classifier(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> SkimEvaluation:
-    """Runs a sequence classifier, dense or skimming, over `batches` with `labels`, in eval mode."""
+def evaluate_classifier(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], metrics: Sequence[str] = ("accuracy",)
+) -> SkimEvaluation:
+    """Runs a sequence classifier or regressor, dense or skimming, over `batches` with `labels`, in eval mode."""
     was_training = model.training
     model.eval()
-    predictions, right, total = [], 0, 0
-    lengths, layer_lengths = [], []
+    predictions, labels, lengths, layer_lengths = [], [], [], []
+    layers = model.config.num_hidden_layers
     try:
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
             with record_skimming() as records:
-                predicted = model(**inputs).logits.argmax(-1)
-            right += int((predicted == batch["labels"]).sum())
-            total += predicted.numel()
-            predictions.append(predicted)
-            lengths.append(batch["attention_mask"].sum(1))
-            layers = model.config.num_hidden_layers
+                predictions.append(predicted(model(**_inputs(batch, model)).logits).cpu())
+            labels.append(batch["labels"].cpu())
+            lengths.append(batch["attention_mask"].sum(1).cpu())
             layer_lengths.append(records[0].layer_lengths if records else lengths[-1].expand(layers, -1))
     finally:
         model.train(was_training)
-    if not total:
+    if not lengths:
         raise ValueError("batches: no examples to evaluate")
     all_lengths, all_layers = torch.cat(lengths), torch.cat(layer_lengths, 1)
     kept = all_layers.sum(1).double() / all_lengths.sum()
     shape = EncoderShape.of(model.config, predictor_width(model))
     return SkimEvaluation(
-        accuracy=right / total,
+        metrics=score(torch.cat(labels), torch.cat(predictions), metrics),
         tokens_kept=float(kept.mean()),
         tokens_kept_by_layer=kept.tolist(),
-        flops_speedup=shape.flops_speedup(all_lengths, all_layers),
+        flops_speedup=shape.flops_speedup(all_lengths, all_layers) if shape.predictor else 1.0,
         predictions=torch.cat(predictions),
+        lengths=all_lengths,
+        layer_lengths=all_layers,
     )
+
+
+@dataclass
+class ForwardDifference:
+    """How far training and inference lie apart: largest difference of a logit, largest logit, share of same classes."""
+
+    max_difference: float
+    max_logit: float
+    agreement: float
+
+
+@torch.no_grad()
+def training_forward_difference(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> ForwardDifference:
+    """Compares logits of the training forward, its noise and dropout off, with those of real removal."""
+    skimming = skimming_of(model)
+    was_training, decision = model.training, skimming.config.decision
+    skimming.config.decision = "threshold"
+    difference, largest, same, total = 0.0, 0.0, 0, 0
+    try:
+        for batch in batches:
+            inputs = _inputs(batch, model)
+            removed = model.eval()(**inputs).logits
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+            with decisions_without_noise(skimming.config.logit_threshold):
+                masked = model(**inputs).logits
+            difference = max(difference, float((masked - removed).abs().max()))
+            largest = max(largest, float(removed.abs().max()))
+            same += int((masked.argmax(-1) == removed.argmax(-1)).sum())
+            total += removed.size(0)
+    finally:
+        skimming.config.decision = decision
+        model.train(was_training)
+    return ForwardDifference(difference, largest, same / max(total, 1))
+
+
+def _inputs(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    return {key: value.to(model.device) for key, value in batch.items() if key != "labels"}

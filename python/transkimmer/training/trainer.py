@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..skimming import skimming_of
 
@@ -52,7 +54,48 @@ class SkimTrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_temperature={self.distillation_temperature!r}: must be > 0")
 
 
-class SkimTrainer(Trainer):
+class TrainingDiverged(ValueError):
+    """The loss is no longer a finite number."""
+
+
+class SteadyTrainer(Trainer):
+    """`Trainer` that can be resumed to the same result and that stops where the loss is not finite.
+
+    Batches grouped by length are drawn from the seed and the epoch, so that a resumed run sees the same ones.
+    """
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = _SeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            # Raised before the optimizer's step: neither the weights nor a checkpoint have seen it.
+            raise TrainingDiverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
+        return loss
+
+
+class _SeededSampler(LengthGroupedSampler):
+    """Groups of similar length, shuffled by seed and epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed * 100_003 + self.epoch)
+        return super().__iter__()
+
+
+class SkimTrainer(SteadyTrainer):
     """Trains a model that `add_skimming` has been called on."""
 
     args: SkimTrainingArguments
@@ -103,7 +146,12 @@ class SkimTrainer(Trainer):
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [batch, classes]."""
+    """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [batch, classes].
+
+    With a single output, a number, it is the mean squared difference.
+    """
+    if logits.size(-1) == 1:
+        return F.mse_loss(logits.float(), teacher_logits.float())
     student = F.log_softmax(logits.float() / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2

@@ -1,0 +1,7 @@
+"""The tasks that skimming models are trained and judged on: where their rows come from and what counts as right."""
+
+from .metrics import METRICS, score
+from .reading import load_split
+from .table import TASKS, Task, task_named
+
+__all__ = ["METRICS", "TASKS", "Task", "load_split", "score", "task_named"]

@@ -1,0 +1,190 @@
+"""`transkimmer evaluate`: what a trained model gets right on a task, and what it costs, in FLOPs and on the clock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from transkimmer_kernels.files import write_whole
+
+from ..bench import show
+from ..bench.command import environment
+from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
+from ..bench.timing import paired_speedup, relative_spread, time_in_turn
+from ..bench.workload import Batch
+from ..data import Example, TokenizedExamples, padded_batches
+from ..flops import EncoderShape
+from ..loading import from_pretrained
+from ..skimming import CONFIG_KEY, skimming_of
+from ..tasks import TASKS, Task, load_split, task_named
+from .evaluation import evaluate_classifier, predictor_width, training_forward_difference
+from .run import positions_of
+from .stages import MODEL
+
+SHOWN = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="folder of a trained model, or a run's --output")
+    parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
+    parser.add_argument("--split", default="dev")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
+    parser.add_argument(
+        "--check-training-forward",
+        action="store_true",
+        help="compare the logits of the training forward, noise off, with those of real removal, on every row",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help=f"write {SHOWN} texts, coloured by skim layer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    task = task_named(arguments.task)
+    for name, least in (("batch_size", 1), ("max_length", 4), ("repeats", 0), ("threads", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    folder = model_folder(arguments.model)
+    model, tokenizer = load(folder, task, arguments.kernels), AutoTokenizer.from_pretrained(folder)
+    examples = load_split(task, arguments.split, arguments.data)
+    tokenized = TokenizedExamples(examples, tokenizer, min(arguments.max_length, positions_of(model)))
+    batches = list(padded_batches(tokenized, tokenizer, arguments.batch_size, sort=True))
+    figures = figures_of(model, task, batches, arguments.repeats)
+    if arguments.check_training_forward:
+        figures["training_forward"] = vars(training_forward_difference(model, batches))
+    text = markdown(task, arguments.split, figures)
+    print(text)
+    if arguments.json is not None:
+        document = {"model": str(arguments.model), "task": task.name, "split": arguments.split, **figures}
+        write_whole(arguments.json, json.dumps({**document, "environment": environment()}, indent=2) + "\n")
+    if arguments.markdown is not None:
+        write_whole(arguments.markdown, text + "\n")
+    if arguments.html is not None:
+        _write_html(arguments.html, model, tokenizer, task, examples[:SHOWN])
+    return 0
+
+
+def model_folder(path: Path) -> Path:
+    """`path`, or the model within it where it is a run's output."""
+    folder = path / MODEL if (path / MODEL).is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--model {path}: has no trained model")
+    return folder
+
+
+def load(folder: Path, task: Task, kernels: str = "auto") -> PreTrainedModel:
+    """A dense or skimming model for `task`, in eval mode, on the GPU where there is one."""
+    if hasattr(AutoConfig.from_pretrained(folder), CONFIG_KEY):
+        model = from_pretrained(folder, AutoModelForSequenceClassification, kernels=kernels)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    if model.config.num_labels != task.outputs:
+        raise ValueError(f"--model {folder}: has {model.config.num_labels} outputs, {task.title} has {task.outputs}")
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
+def figures_of(
+    model: PreTrainedModel, task: Task, batches: Sequence[dict[str, Tensor]], repeats: int
+) -> dict[str, Any]:
+    """Everything that is reported; the timing only with `repeats` and a skimming model."""
+    result = evaluate_classifier(model, batches, task.metrics)
+    figures: dict[str, Any] = result.to_dict()
+    if not predictor_width(model):
+        return figures
+    shape = EncoderShape.of(model.config, predictor_width(model))
+    lengths, layers = result.lengths, result.layer_lengths
+    cut = skimming_of(model).first_token_only
+    dense = shape.dense_flops(lengths, first_token_only=cut)
+    figures |= {
+        "decision": skimming_of(model).config.decision,
+        "padded_length": task.padded_length,
+        "padded_flops_speedup": shape.padded_flops_speedup(lengths, layers, task.padded_length),
+        "executed_flops_speedup": dense / shape.skimming_flops(lengths, layers, first_token_only=cut),
+    }
+    if repeats:
+        figures |= wall_clock(model, batches, repeats, figures["executed_flops_speedup"])
+    return figures
+
+
+def wall_clock(
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], repeats: int, flops_speedup: float
+) -> dict[str, float]:
+    """Skimming against our own dense run without padding, side by side on the same batches."""
+    device = model.device
+    loaded = []
+    for batch in batches:
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        loaded.append(Batch(inputs, inputs["attention_mask"].sum(1)))
+    field = [contender for contender in contenders(model) if contender.name in (KEEP_ALL, SKIMMING)]
+    with torch.inference_mode():
+        time_in_turn(field, loaded[:1], 1, KEEP_ALL, device=device.type)  # warm-up
+        seconds = time_in_turn(field, loaded, repeats, KEEP_ALL, device=device.type)
+    skimming_of(model).enabled = True
+    speedup = paired_speedup(seconds[KEEP_ALL], seconds[SKIMMING])
+    return {
+        "dense_s": statistics.median(seconds[KEEP_ALL]),
+        "skimming_s": statistics.median(seconds[SKIMMING]),
+        "wall_clock_speedup": speedup,
+        "spread": max(relative_spread(times) for times in seconds.values()),
+        "skim_efficiency": speedup / flops_speedup,
+    }
+
+
+def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    rows = [(name, f"{value:.4f}") for name, value in figures["metrics"].items()]
+    if "decision" in figures:
+        rows += [
+            ("FLOPs speedup, no padding", f"{figures['flops_speedup']:.2f}"),
+            (f"FLOPs speedup, dense padded to {figures['padded_length']}", f"{figures['padded_flops_speedup']:.2f}"),
+            ("FLOPs speedup, as executed", f"{figures['executed_flops_speedup']:.2f}"),
+        ]
+    if "wall_clock_speedup" in figures:
+        rows += [
+            ("wall-clock speedup over our dense run without padding", f"{figures['wall_clock_speedup']:.2f}"),
+            ("skim efficiency", f"{figures['skim_efficiency']:.2f}"),
+            ("spread of the timing", f"{figures['spread']:.0%}"),
+        ]
+    if "decision" in figures:
+        rows.append(("tokens kept", f"{figures['tokens_kept']:.1%}"))
+        by_layer = " ".join(f"{kept:.0%}" for kept in figures["tokens_kept_by_layer"])
+        rows.append(("tokens kept by layer", by_layer))
+    if "training_forward" in figures:
+        found = figures["training_forward"]
+        rows.append(
+            (
+                "largest difference of a logit, training forward and removal",
+                f"{found['max_difference']:.1e} of {found['max_logit']:.1f}",
+            )
+        )
+    lines = [f"| {task.title}, {split}, {figures['examples']} rows | |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _write_html(path: Path, model: PreTrainedModel, tokenizer: Any, task: Task, examples: Sequence[Example]) -> None:
+    if not predictor_width(model):
+        raise ValueError(f"--html {path}: the model does not skim")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        console = Console(record=True, width=150, file=nowhere)
+        texts = [(example.text, example.pair) for example in examples]
+        show.print_sentences(console, model, tokenizer, texts, task.classes or ("score",))
+    show.save_html(console, path)

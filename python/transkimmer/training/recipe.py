@@ -1,0 +1,128 @@
+"""How a model is trained: hyper-parameters, and what each mode takes for those that are not given."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import SkimConfig
+from ..tasks import Task
+
+# dense: no skimming, the baseline. The others: docs/training.md.
+MODES = ("corrected", "paper", "published", "dense")
+CALIBRATIONS = ("speedup", "sampled", "none")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a run.
+
+    Attributes:
+        warm_start: skimming training starts from the dense fine-tune, else from the pretrained backbone.
+        skim_ramp, distillation_weight, predictor_learning_rate: as in `SkimTrainingArguments`.
+        bias_init, temperature, skim_weight, skim_attention, decision: as in `SkimConfig`.
+        warmup: share of the steps over which learning rates rise.
+        max_grad_norm: gradients are clipped to it; 0: not at all.
+        calibration: "speedup": the threshold is moved to `flops_speedup` on held-out rows; "sampled": to where it
+            keeps as many tokens as draws do; "none": not at all.
+        held_out: share of the training rows that only calibration sees.
+        limit: trains on the first rows only (a trial run).
+    """
+
+    mode: str
+    seed: int = 42
+    dense_epochs: float = 3.0
+    dense_learning_rate: float = 5e-5
+    warm_start: bool = True
+    epochs: float = 5.0
+    learning_rate: float = 3e-5
+    predictor_learning_rate: float = 3e-4
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    bf16: bool = False
+    bias_init: float = 3.0
+    temperature: float = 1.0
+    skim_weight: float = 1.0
+    skim_ramp: float = 0.3
+    distillation_weight: float = 1.0
+    skim_attention: str = "renormalized"
+    decision: str = "threshold"
+    calibration: str = "speedup"
+    flops_speedup: float = 2.0
+    held_out: float = 0.1
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Raises ValueError naming the first option that is out of range."""
+        for name in ("dense_epochs", "epochs", "dense_learning_rate", "learning_rate", "predictor_learning_rate"):
+            self._need(name, _positive(getattr(self, name)), "a finite number > 0")
+        for name in ("batch_size", "gradient_accumulation"):
+            self._need(name, getattr(self, name) >= 1, "at least 1")
+        self._need("max_length", self.max_length >= 4, "at least 4")
+        self._need("limit", self.limit is None or self.limit >= 4, "at least 4")
+        self._need("held_out", 0 < self.held_out < 1, "strictly between 0 and 1")
+        self._need("skim_ramp", 0 <= self.skim_ramp <= 1, "from 0 to 1")
+        self._need("flops_speedup", _positive(self.flops_speedup), "a finite number > 0")
+        weight = self.distillation_weight
+        self._need("distillation_weight", math.isfinite(weight) and weight >= 0, "a finite number >= 0")
+        self._need("calibration", self.calibration in CALIBRATIONS, f"one of {CALIBRATIONS}")
+        if self.mode != "dense":
+            self.skim_config()
+
+    def _need(self, name: str, fits: bool, allowed: str) -> None:
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+
+    def skim_config(self) -> SkimConfig:
+        """Raises ValueError where a field is out of range."""
+        names = ("bias_init", "temperature", "skim_weight", "skim_attention", "decision")
+        return SkimConfig(**{name: getattr(self, name) for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
+    """The mode's recipe for a task; options that are given and not None go before the mode's own.
+
+    "paper" follows the paper's text, as far as it says anything: temperature 0.1, one learning rate, the paper's skim
+    weight, tokens removed at inference where argmax says so. "published" follows the published scripts and code, bugs
+    included: temperature 1, attention that is not renormalised, decisions drawn at inference.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}")
+    own: dict[str, Any] = {}
+    if mode in ("paper", "published"):
+        rate = 3e-5 if task.name in ("20news", "yelp") else 2e-5
+        own = {
+            "warm_start": False,
+            "epochs": float(task.paper_epochs),
+            "learning_rate": rate,
+            "predictor_learning_rate": given.get("learning_rate") or rate,
+            "warmup": 0.0,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+            "bias_init": 5.0,
+            "temperature": 0.1 if mode == "paper" else 1.0,
+            "skim_weight": task.paper_skim_weight,
+            "skim_ramp": 0.0,
+            "distillation_weight": 0.0,
+            "calibration": "none",
+        }
+        if mode == "published":
+            own |= {"skim_attention": "published", "decision": "sample"}
+    if "flops_speedup" in given and given["flops_speedup"] is not None:
+        own["calibration"] = "speedup"
+    recipe = Recipe(mode, **own | {name: value for name, value in given.items() if value is not None})
+    recipe.check()
+    return recipe

@@ -1,0 +1,229 @@
+"""A whole run: dense fine-tune, skimming training, calibration on held-out rows, the development rows read once."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from transkimmer_kernels.files import write_whole
+
+from ..bench.command import environment
+from ..data import Example, TokenizedExamples, padded_batches
+from ..loading import from_pretrained
+from ..skimming import CONFIG_KEY, add_skimming, skimming_of
+from ..tasks import Task, load_split
+from .calibration import calibrate
+from .evaluation import SkimEvaluation, evaluate_classifier
+from .recipe import Recipe
+from .stages import MODEL, drop_checkpoints, save_whole, train_stage
+
+RUN, SETTINGS = "run.json", "settings.json"
+EVALUATION_BATCH = 64
+HELD_OUT_AT_MOST = 2000
+SPLIT_SEED = 0  # the same rows are held out whatever the run's seed
+
+
+@dataclass
+class Run:
+    """One run of a recipe on a task; `carry_out` does it, or what is left of it."""
+
+    task: Task
+    recipe: Recipe
+    backbone: str
+    output: Path
+    data: Path | None = None
+    dense: Path | None = None
+    save_steps: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def carry_out(self) -> dict[str, Any]:
+        """Trains, calibrates, evaluates and writes `run.json`, which is also returned."""
+        rows = load_split(self.task, "train", self.data)
+        dev = load_split(self.task, "dev", self.data)
+        train, held_out = hold_out(rows, self.recipe)
+        tokenizer = AutoTokenizer.from_pretrained(self.dense or self.backbone)
+        figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
+        dense = self._dense(train, tokenizer)
+        length = self._max_length(dense)
+        held_out_batches = _batches(held_out, tokenizer, length)
+        if self.recipe.mode == "dense" or self.recipe.warm_start:
+            dev_batches = _batches(dev, tokenizer, length)
+            figures["dense_dev"] = self._evaluate(dense, dev_batches).to_dict()
+        if self.recipe.mode == "dense":
+            save_whole(dense, tokenizer, self.output / MODEL)
+        else:
+            model = self._skimming(dense, train, tokenizer)
+            figures["calibration"] = self._calibrate(model, held_out_batches)
+            setattr(model.config, CONFIG_KEY, skimming_of(model).config.to_dict())
+            save_whole(model, tokenizer, self.output / MODEL)
+            figures["held_out"] = self._by_decision(model, held_out_batches)
+            figures["dev"] = self._by_decision(model, _batches(dev, tokenizer, length))
+        return self._write(figures)
+
+    def _dense(self, train: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model that skimming training starts from: a dense fine-tune, or the backbone as it is."""
+        finished = self.dense or self.output / "dense" / MODEL
+        if self.recipe.mode != "dense" and not self.recipe.warm_start:
+            return self._fresh()
+        if finished.is_dir():
+            model = AutoModelForSequenceClassification.from_pretrained(finished)
+            if model.config.num_labels != self.task.outputs:
+                raise ValueError(
+                    f"--dense {finished}: has {model.config.num_labels} outputs, {self.task.title} {self.task.outputs}"
+                )
+            return model.eval()
+        if self.dense is not None:
+            raise FileNotFoundError(f"--dense {self.dense}: no such folder")
+        model = self._fresh()
+        folder = self.output / "dense"
+        examples = TokenizedExamples(train, tokenizer, self._max_length(model))
+        start = time.perf_counter()
+        train_stage(model, tokenizer, examples, self.recipe, folder, skimming=False, save_steps=self.save_steps)
+        self.seconds["dense"] = time.perf_counter() - start
+        save_whole(model, tokenizer, finished)
+        drop_checkpoints(folder)
+        # Loaded like a resumed run loads it, so that both go on from the same numbers.
+        return AutoModelForSequenceClassification.from_pretrained(finished).eval()
+
+    def _fresh(self) -> PreTrainedModel:
+        set_seed(self.recipe.seed)
+        names = dict(enumerate(self.task.classes)) or {0: "score"}
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.backbone,
+            num_labels=self.task.outputs,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            problem_type="regression" if self.task.is_regression else "single_label_classification",
+        )
+
+    def _skimming(
+        self, dense: PreTrainedModel, train: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedModel:
+        folder = self.output / "skimming"
+        if (folder / MODEL).is_dir():
+            return from_pretrained(folder / MODEL, AutoModelForSequenceClassification)
+        examples = TokenizedExamples(train, tokenizer, self._max_length(dense))
+        if self.recipe.distillation_weight and self.recipe.warm_start:
+            examples.teacher_logits = logits_of(dense, examples, tokenizer)
+        set_seed(self.recipe.seed)
+        model = add_skimming(dense, self.recipe.skim_config())
+        start = time.perf_counter()
+        train_stage(model, tokenizer, examples, self.recipe, folder, skimming=True, save_steps=self.save_steps)
+        self.seconds["skimming"] = time.perf_counter() - start
+        save_whole(model, tokenizer, folder / MODEL)
+        drop_checkpoints(folder)
+        return model
+
+    def _calibrate(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """What was wanted, what was added to the logits, and why not, where it could not be reached."""
+        before = evaluate_classifier(model, batches).flops_speedup
+        report: dict[str, Any] = {"method": self.recipe.calibration, "argmax_flops_speedup": before}
+        if self.recipe.calibration == "none":
+            return report
+        wanted = self.recipe.flops_speedup
+        if self.recipe.calibration == "sampled":
+            wanted = self._sampled(model, batches).flops_speedup
+        try:
+            report |= {"flops_speedup": wanted, "shift": calibrate(model, batches, wanted)}
+        except ValueError as error:
+            report["failed"] = str(error)
+            print(f"not calibrated: {error}")
+        return report
+
+    def _sampled(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> SkimEvaluation:
+        config = skimming_of(model).config
+        decision, config.decision = config.decision, "sample"
+        set_seed(self.recipe.seed)
+        try:
+            return self._evaluate(model, batches)
+        finally:
+            config.decision = decision
+
+    def _by_decision(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        config = skimming_of(model).config
+        decision, config.decision = config.decision, "threshold"
+        try:
+            threshold = self._evaluate(model, batches)
+        finally:
+            config.decision = decision
+        return {"threshold": threshold.to_dict(), "sample": self._sampled(model, batches).to_dict()}
+
+    def _evaluate(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> SkimEvaluation:
+        return evaluate_classifier(model, batches, self.task.metrics)
+
+    def _max_length(self, model: PreTrainedModel) -> int:
+        return min(self.recipe.max_length, positions_of(model))
+
+    def _write(self, figures: dict[str, Any]) -> dict[str, Any]:
+        document = {**self.settings(), **figures, "seconds": self.seconds, "environment": environment()}
+        if PartialState().is_main_process:
+            write_whole(self.output / RUN, json.dumps(document, indent=2) + "\n")
+        return document
+
+    def settings(self) -> dict[str, Any]:
+        """What a run has to have in common with the one that it resumes."""
+        return {
+            "task": self.task.name,
+            "backbone": self.backbone,
+            "dense": None if self.dense is None else str(self.dense),
+            "data": None if self.data is None else str(self.data),
+            "recipe": self.recipe.to_dict(),
+        }
+
+
+def hold_out(rows: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """(rows to train on, rows to calibrate on)."""
+    shuffled = list(rows)
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    if recipe.limit is not None:
+        shuffled = shuffled[: recipe.limit]
+    if len(shuffled) < 2:
+        raise ValueError(f"{len(shuffled)} training rows: too few to hold some of them out")
+    count = min(HELD_OUT_AT_MOST, max(1, math.floor(recipe.held_out * len(shuffled))))
+    return shuffled[count:], shuffled[:count]
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that fit the model's position embeddings; RoBERTa's start behind the padding's."""
+    taken = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
+    return int(model.config.max_position_embeddings) - taken
+
+
+def _batches(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, Tensor]]:
+    tokenized = TokenizedExamples(examples, tokenizer, max_length)
+    return list(padded_batches(tokenized, tokenizer, EVALUATION_BATCH, sort=True))
+
+
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """fp32 [examples, outputs], in the order of the examples; the model is moved to the GPU where there is one."""
+    torch.nn.Module.to(model, PartialState().device if torch.cuda.is_available() else "cpu").eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
+    batches = padded_batches(examples, tokenizer, EVALUATION_BATCH, sort=True)
+    logits = []
+    for batch in tqdm(batches, total=-(-len(order) // EVALUATION_BATCH), desc="teacher"):
+        del batch["labels"]
+        logits.append(model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu())
+    restored = torch.empty(len(order), logits[0].size(1))
+    restored[torch.tensor(order)] = torch.cat(logits)
+    return restored

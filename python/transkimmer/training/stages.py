@@ -1,0 +1,140 @@
+"""One stage of training, dense or skimming: `Trainer` set up, resumed where it was left, its model kept whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from ..data import TokenizedExamples
+from .recipe import Recipe
+from .trainer import SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
+
+MODEL = "model"
+CHECKPOINTS = 5  # per stage; only the last is kept
+
+
+def train_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: TokenizedExamples,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    skimming: bool,
+    save_steps: int | None = None,
+) -> PreTrainedModel:
+    """Trains `model` on `examples`, from the last whole checkpoint in `folder` where there is one.
+
+    Raises:
+        ValueError: the loss is not finite any more; what checkpoint is left is said.
+        OSError: nothing can be written to `folder`.
+    """
+    trainer_class: type[SteadyTrainer] = SkimTrainer if skimming else SteadyTrainer
+    trainer = trainer_class(
+        model=model,
+        args=_arguments(recipe, folder, skimming, save_steps),
+        train_dataset=examples,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+    checkpoint = last_whole_checkpoint(folder)
+    name = "skimming" if skimming else "dense"
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except TrainingDiverged as error:
+        kept = last_whole_checkpoint(folder)
+        raise ValueError(
+            f"{name} training stopped: {error}. "
+            + (f"The last good checkpoint is {kept}; " if kept else "There is no checkpoint yet; ")
+            + f"try a lower --{'' if skimming else 'dense-'}learning-rate"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        if _is_disk_error(error):
+            raise OSError(f"{folder}: a checkpoint could not be written ({error}); go on with --resume") from error
+        raise
+    return model.eval()
+
+
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves both to `folder` in one step, by the main process; the others wait."""
+    state = PartialState()
+    if state.is_main_process:
+        partial = folder.with_name(f"{folder.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"{folder}: the model could not be written ({error}); go on with --resume") from error
+    state.wait_for_everyone()
+
+
+def drop_checkpoints(folder: Path) -> None:
+    if PartialState().is_main_process:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end: its state is what `Trainer` writes last."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((path for path in found if _has_state(path)), None)
+
+
+def _has_state(checkpoint: Path) -> bool:
+    try:
+        return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step > 0
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("no space", "write", "os error", "i/o error", "quota"))
+
+
+def _arguments(recipe: Recipe, folder: Path, skimming: bool, save_steps: int | None) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": recipe.seed,
+        "learning_rate": recipe.learning_rate if skimming else recipe.dense_learning_rate,
+        "num_train_epochs": recipe.epochs if skimming else recipe.dense_epochs,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation,
+        "train_sampling_strategy": "group_by_length",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": recipe.warmup,  # below 1 a share of the steps
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 0.05,
+        "save_strategy": "steps",
+        "save_steps": save_steps or 1 / CHECKPOINTS,
+        "save_total_limit": 1,
+        "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    if not skimming:
+        return TrainingArguments(**options)
+    return SkimTrainingArguments(
+        **options,
+        predictor_learning_rate=recipe.predictor_learning_rate,
+        skim_ramp=recipe.skim_ramp,
+        distillation_weight=recipe.distillation_weight,
+    )

@@ -1,0 +1,137 @@
+"""transkimmer train and evaluate on a tiny model: what they write, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transkimmer.cli import main
+from transkimmer.tasks import TASKS
+from transkimmer.training import SteadyTrainer
+from transkimmer.training.recipe import recipe_of
+
+from ..models.tiny import tiny
+from ..models.words import word_tokenizer
+
+QUICK = ["--batch-size", "8", "--epochs", "3", "--dense-epochs", "2", "--save-steps", "4", "--flops-speedup", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny("bert", "sequence").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 and 12 sentences of SST-2's format: happy ones are positive."""
+    folder = tmp_path_factory.mktemp("data")
+    words = random.Random(0)
+    for name, count in (("train.tsv", 60), ("dev.tsv", 12)):
+        rows = ["sentence\tlabel"]
+        for number in range(count):
+            text = words.choices(["dog", "cat", "runs", "sleeps", "un"], k=words.randint(2, 9))
+            rows.append(" ".join([*text, "happy" if number % 2 else "sad"]) + f"\t{number % 2}")
+        (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def train(backbone: Path, data: Path, output: Path, *options: str) -> int:
+    arguments = ["train", "--task", "sst2", "--data", str(data), "--backbone", str(backbone), "--output", str(output)]
+    return main([*arguments, *QUICK, *options])
+
+
+def test_a_run_from_start_to_finish(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(backbone, data, tmp_path / "run") == 0
+    document = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    assert document["rows"] == {"train": 54, "held_out": 6, "dev": 12}
+    assert document["dev"]["threshold"]["examples"] == 12
+    assert set(document["dense_dev"]["metrics"]) == {"accuracy"}
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    assert train(backbone, data, tmp_path / "run") == 2
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert train(backbone, data, tmp_path / "run", "--resume", "--seed", "1") == 2
+    assert "other settings: seed 42 -> 1" in capsys.readouterr().err
+    figures = tmp_path / "figures.json"
+    evaluate = ["evaluate", "--model", str(tmp_path / "run"), "--task", "sst2", "--data", str(data), "--repeats", "1"]
+    assert main([*evaluate, "--check-training-forward", "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert found["metrics"] == document["dev"]["threshold"]["metrics"]
+    assert found["flops_speedup"] == pytest.approx(document["dev"]["threshold"]["flops_speedup"])
+    assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
+    assert found["wall_clock_speedup"] > 0
+
+
+class _Killed(BaseException):
+    """Not caught by anything, like a signal."""
+
+
+@pytest.mark.parametrize("stage", ["dense", "skimming"])
+def test_a_resumed_run_ends_with_the_same_result(
+    tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    assert train(backbone, data, tmp_path / "whole") == 0
+    step = SteadyTrainer.training_step
+
+    def killed(self: SteadyTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if Path(self.args.output_dir).name == stage and self.state.global_step == 10:
+            raise _Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SteadyTrainer, "training_step", killed)
+    with pytest.raises(_Killed):
+        train(backbone, data, tmp_path / "parts")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "parts" / stage).glob("checkpoint-*")] == ["checkpoint-8"]
+    # A checkpoint whose writing was cut off does not count.
+    cut_off = tmp_path / "parts" / stage / "checkpoint-10"
+    shutil.copytree(cut_off.with_name("checkpoint-8"), cut_off)
+    (cut_off / "trainer_state.json").unlink()
+    assert train(backbone, data, tmp_path / "parts", "--resume") == 0
+    whole, parts = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = SteadyTrainer.compute_loss
+
+    def poisoned(self: SteadyTrainer, *args: object, **kwargs: object) -> object:
+        return loss(self, *args, **kwargs) * (float("nan") if self.state.global_step == 6 else 1)
+
+    monkeypatch.setattr(SteadyTrainer, "compute_loss", poisoned)
+    assert train(backbone, data, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "dense training stopped: the loss is nan at step 7" in error
+    assert "The last good checkpoint is" in error and "checkpoint-4" in error
+    kept = load_file(tmp_path / "run/dense/checkpoint-4/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_an_output_that_cannot_be_written(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert train(backbone, data, tmp_path / "file" / "run") == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_recipes() -> None:
+    published = recipe_of("published", TASKS["rte"], seed=3)
+    assert (published.skim_weight, published.temperature, published.bias_init) == (0.8, 1.0, 5.0)
+    assert (published.decision, published.skim_attention, published.seed) == ("sample", "published", 3)
+    assert recipe_of("paper", TASKS["rte"]).temperature == 0.1
+    assert recipe_of("paper", TASKS["rte"], flops_speedup=1.5).calibration == "speedup"
+    for option, value in (("epochs", 0.0), ("batch_size", 0), ("held_out", 1.0), ("calibration", "guess")):
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: must be"):
+            recipe_of("corrected", TASKS["rte"], **{option: value})
