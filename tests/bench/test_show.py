@@ -17,7 +17,7 @@ from transkimmer_kernels import cpu_products, native
 
 from ..models.tiny import VOCABULARY
 
-ROW = Row("skimming", None, 0.5, 2.0, 2.0, 1.9, 0.95, 1.0, 1.0, 0.02)
+ROW = Row("skimming", None, 0.5, 2.0, 2.0, 1.9, 0.95, 1.0, 1.0, 0.02, 3)
 
 
 def _printed(*spreads: float) -> str:
@@ -49,7 +49,7 @@ def test_no_progress_bar_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     field = [Contender("a", lambda inputs: torch.zeros(1))]
-    time_in_turn(field, workload.random_batches([3, 4], 2, 1, VOCABULARY), 1)
+    time_in_turn(field, workload.random_batches([3, 4], 2, 1, VOCABULARY), 1, "a")
     assert log.getvalue() == ""
 
 
