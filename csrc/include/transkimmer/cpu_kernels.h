@@ -104,8 +104,8 @@ struct Kernels {
 };
 
 // The table for this machine, chosen at the first call; the environment variable TRANSKIMMER_CPU_ISA
-// (generic, avx2, avx512 or avx512bf16) overrides the choice. Throws std::runtime_error if that names something else, or
-// an instruction set that this machine or this build does not have.
+// (generic, avx2, avx512 or avx512bf16) overrides the choice. Throws std::runtime_error if that names
+// something else, or an instruction set that this machine or this build does not have.
 const Kernels& kernels();
 
 // Stable removal of the entries that are not kept; returns nothing, writes new_slots[0, kept) and all of
