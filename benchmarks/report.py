@@ -95,7 +95,7 @@ def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 def demo_lines() -> list[str]:
     heads = ("demo: MiniLM, SST-2 dev, batch 32, learned decisions", *COLUMNS, "accuracy", "same answers")
     lines = [_line(heads), _line(["---"] * len(heads))]
-    runs = [("fp32", "AVX2", load("demo-fp32", AVX2))]
+    runs = [(dtype, "AVX2", load(f"demo-{dtype}", AVX2)) for dtype in DTYPES]
     runs += [(dtype, "AVX-512", load(f"demo-{dtype}")) for dtype in DTYPES]
     for dtype, machine, result in runs:
         row = result["rows"][SKIMMING]

@@ -10,6 +10,9 @@ from transkimmer_kernels import BackendUnavailable
 
 from . import __version__
 
+# What the extra `train` installs.
+TRAINING_PACKAGES = ("accelerate", "datasets", "sklearn", "scipy")
+
 
 def build_parser() -> argparse.ArgumentParser:
     from .bench import command as bench
@@ -40,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except (ValueError, OSError, BackendUnavailable) as error:
         print(f"transkimmer {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        print(
+            f"transkimmer {parsed.command}: needs {error.name}; run: pip install 'transkimmer[train]'", file=sys.stderr
+        )
         return 2
 
 

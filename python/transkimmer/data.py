@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,9 @@ def padded_batches(
         batch = tokenizer.pad(columns, return_tensors="pt")
         batch["labels"] = torch.tensor([examples.labels[i] for i in chosen])
         yield dict(batch)
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that fit the model's position embeddings; RoBERTa's start behind the padding's."""
+    taken = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
+    return int(model.config.max_position_embeddings) - taken

@@ -22,14 +22,13 @@ from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
 from ..bench.workload import Batch
-from ..data import Example, TokenizedExamples, padded_batches
+from ..data import Example, TokenizedExamples, padded_batches, positions_of
 from ..flops import EncoderShape
 from ..loading import from_pretrained
 from ..skimming import CONFIG_KEY, skimming_of
 from ..tasks import TASKS, Task, load_split, task_named
 from .evaluation import evaluate_classifier, predictor_width, training_forward_difference
-from .run import positions_of
-from .stages import MODEL
+from .recipe import MODEL
 
 SHOWN = 16
 

@@ -10,6 +10,8 @@ from typing import Any
 from ..config import SkimConfig
 from ..tasks import Task
 
+# Folder of a run, or of one of its stages, that holds the finished model.
+MODEL = "model"
 # dense: no skimming, the baseline. The others: docs/training.md.
 MODES = ("corrected", "paper", "published", "dense")
 CALIBRATIONS = ("speedup", "sampled", "none")

@@ -26,14 +26,14 @@ from transformers import (
 from transkimmer_kernels.files import write_whole
 
 from ..bench.command import environment
-from ..data import Example, TokenizedExamples, padded_batches
+from ..data import Example, TokenizedExamples, padded_batches, positions_of
 from ..loading import from_pretrained
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
 from ..tasks import Task, load_split
 from .calibration import calibrate
 from .evaluation import SkimEvaluation, evaluate_classifier
-from .recipe import Recipe
-from .stages import MODEL, drop_checkpoints, save_whole, train_stage
+from .recipe import MODEL, Recipe
+from .stages import drop_checkpoints, save_whole, train_stage
 
 RUN, SETTINGS = "run.json", "settings.json"
 EVALUATION_BATCH = 64
@@ -199,12 +199,6 @@ def hold_out(rows: Sequence[Example], recipe: Recipe) -> tuple[list[Example], li
         raise ValueError(f"{len(shuffled)} training rows: too few to hold some of them out")
     count = min(HELD_OUT_AT_MOST, max(1, math.floor(recipe.held_out * len(shuffled))))
     return shuffled[count:], shuffled[:count]
-
-
-def positions_of(model: PreTrainedModel) -> int:
-    """Tokens that fit the model's position embeddings; RoBERTa's start behind the padding's."""
-    taken = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
-    return int(model.config.max_position_embeddings) - taken
 
 
 def _batches(

@@ -19,7 +19,6 @@ from ..data import TokenizedExamples
 from .recipe import Recipe
 from .trainer import SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
 
-MODEL = "model"
 CHECKPOINTS = 5  # per stage; only the last is kept
 
 

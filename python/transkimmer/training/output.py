@@ -1,0 +1,65 @@
+"""A run's folder before it, and its figures after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+from accelerate import PartialState
+
+from transkimmer_kernels.files import write_whole
+
+from ..tasks import task_named
+from .run import SETTINGS, Run
+
+
+def prepare_output(job: Run, resume: bool) -> None:
+    """Makes the output folder, and sees to it that it holds this run or none.
+
+    Raises:
+        ValueError: it holds a run and `resume` is False, or a run with other settings.
+        OSError: it cannot be written.
+    """
+    settings = json.loads(json.dumps(job.settings()))
+    saved = job.output / SETTINGS
+    if saved.is_file():
+        former = json.loads(saved.read_text(encoding="utf-8"))
+        if not resume:
+            raise ValueError(f"--output {job.output}: holds a run already; go on with --resume, or take another folder")
+        if former != settings:
+            raise ValueError(f"--resume: {job.output} holds a run with other settings: {_difference(former, settings)}")
+        return
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=job.output):
+            pass  # fails here rather than after an hour
+        if PartialState().is_main_process:
+            write_whole(saved, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise OSError(f"--output {job.output}: cannot be written: {os.strerror(error.errno or 0)}") from error
+
+
+def _difference(former: dict[str, Any], settings: dict[str, Any]) -> str:
+    before, now = ({**s, **s["recipe"], "recipe": None} for s in (former, settings))
+    return ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key])
+
+
+def summary(document: dict[str, Any]) -> str:
+    """What a run came to, in two or three lines."""
+    task, mode = task_named(document["task"]), document["recipe"]["mode"]
+    lines = []
+    if "dense_dev" in document:
+        lines.append(f"{task.title}, dense: {_metrics(document['dense_dev'])}")
+    if "dev" in document:
+        found = document["dev"][document["recipe"]["decision"]]
+        lines.append(
+            f"{task.title}, {mode}: {_metrics(found)} at FLOPs ×{found['flops_speedup']:.2f} (no padding, predictors "
+            f"included), {found['tokens_kept']:.1%} of the tokens kept"
+        )
+    return "\n".join(lines)
+
+
+def _metrics(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
