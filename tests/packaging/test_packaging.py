@@ -64,10 +64,27 @@ def test_import_without_native_libraries() -> None:
 def test_a_broken_library_is_reported_and_survived(name: str, tmp_path: Path) -> None:
     broken = tmp_path / f"broken_{name}.so"
     broken.write_text("not a library")
-    out, _ = _python(USE, TRANSKIMMER_LIBRARY=str(broken))
+    out, _ = _python(
+        USE.replace("None, cu)", "None, cu, kernels='reference')").replace("'auto'", "'reference'"),
+        TRANSKIMMER_LIBRARY=str(broken),
+    )
     assert "loaded=False, reason='" in out
     assert "broken_" in out
-    assert out.startswith("reference " if name == "cpu" else "cpu ") or not native.status()["cpu"].loaded
+    assert out.startswith("reference ")
+
+
+def test_auto_does_without_a_broken_cuda_library_but_not_without_a_cpu_library_asked_for_by_name(
+    tmp_path: Path,
+) -> None:
+    _needs("cpu")
+    broken = {name: tmp_path / f"broken_{name}.so" for name in ("cpu", "cuda")}
+    for path in broken.values():
+        path.write_text("not a library")
+    out, _ = _python(USE, TRANSKIMMER_LIBRARY=str(broken["cuda"]))
+    assert out.startswith("cpu ")
+    # Falling back on plain PyTorch in silence would hide that what was asked for is not what runs.
+    _, error = _python(USE, expect=1, TRANSKIMMER_LIBRARY=str(broken["cpu"]))
+    assert "BackendUnavailable" in error and "broken_cpu.so" in error and "unset TRANSKIMMER_LIBRARY" in error
 
 
 def test_the_cuda_library_does_not_load_without_cuda_and_says_so() -> None:
