@@ -75,9 +75,8 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
     field = contenders(model)
     answers: dict[str, list[Tensor]] = {contender.name: [] for contender in field}
     layer_lengths = []
-    for batch in tqdm(
-        batches, desc="answers", unit="batch", leave=False, disable=None
-    ):  # untimed: answers, counts and warm-up
+    # Untimed: answers, counts and warm-up.
+    for batch in tqdm(batches, desc="answers", unit="batch", leave=False, disable=None):
         for contender in field:
             with record_skimming() as records:
                 answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
