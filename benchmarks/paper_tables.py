@@ -95,7 +95,9 @@ def _our_cells(found: Sequence[Configuration], task: str, family: str) -> list[l
 
 def _chosen(group: Iterable[Configuration], wanted: tuple[str, str, float | None]) -> Configuration | None:
     """Of those with the mode's own settings the first, that is with the least skim weight."""
-    return next((one for one in group if not one.pruned and (one.mode, one.decision, one.calibrated_to) == wanted), None)
+    return next(
+        (one for one in group if not one.pruned and (one.mode, one.decision, one.calibrated_to) == wanted), None
+    )
 
 
 def _speedup(point: Configuration) -> str:
@@ -154,7 +156,10 @@ def average_lines(paper: dict[str, Any]) -> list[str]:
         for task, loss in losses.items()
         if loss > 100 * claims["accuracy_loss_below"] + 1e-9
     ]
-    lines += [f"Points lost, where it is more than the claimed {claims['accuracy_loss_below']:.0%}: {', '.join(above)}.", ""]
+    lines += [
+        f"Points lost, where it is more than the claimed {claims['accuracy_loss_below']:.0%}: {', '.join(above)}.",
+        "",
+    ]
     return [*lines, *predictor_lines(claims)]
 
 

@@ -65,7 +65,9 @@ def test_means_are_over_seeds_and_the_newest_row_of_a_seed(rows: list[accuracy_r
 
 def test_the_page(rows: list[accuracy_results.Row]) -> None:
     page = accuracy_tables.page(rows)
-    cells = "| corrected | 1 | calibrated to 2 | 62.00 ± 2.83 | -1.00 ± 1.41 | 58.00 ± 0.00 | 2.04 ± 0.03 | 8.50 ± 0.00 |"
+    cells = (
+        "| corrected | 1 | calibrated to 2 | 62.00 ± 2.83 | -1.00 ± 1.41 | 58.00 ± 0.00 | 2.04 ± 0.03 | 8.50 ± 0.00 |"
+    )
     assert f"{cells} 53.3% | 1.90 | **0.95** | 2 |" in page
     assert "| published | 0.8 | sample | 53.00 | -9.00 | 58.00 | 1.20 | 8.50 | 53.3% | – | **–** | 1 |" in page
     assert "## mrpc, MiniLM: f1" in page and "](plots/accuracy-trade-off.svg)" in page

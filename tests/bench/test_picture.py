@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ def test_words_have_the_colours_of_the_page(tmp_path: Path) -> None:
     for depth in range(3):
         assert count(none, colour(depth, 2)) > 0  # the legend
     assert count(some, colour(2, 2)) > 2 * count(none, colour(2, 2))
-    assert count(some, colour(0, 2)) == count(none, colour(0, 2))
     assert none.shape[1] == WIDTH * DPI
 
 
@@ -65,6 +65,6 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         draw(tmp_path / "a.png", [], 2)
     with pytest.raises(ValueError, match="layers=2: a word was read by 3"):
         draw(tmp_path / "a.png", [ColouredText([("a", 3)])], 2)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"--png x: needs matplotlib; run: pip install 'transkimmer\[bench\]'"):
         check_matplotlib("--png x")

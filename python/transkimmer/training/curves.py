@@ -118,7 +118,16 @@ class LogitHistograms(TrainerCallback):
         self.curves = curves
         self.handler = handler
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if "loss" not in (logs or {}):  # the summary of the whole training, say
+            return
         boards = [callback for callback in self.handler.callbacks if isinstance(callback, TensorBoardCallback)]
         writers = [board.tb_writer for board in boards if board.tb_writer is not None]
         if not writers or self.curves.step != state.global_step:
