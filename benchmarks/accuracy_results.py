@@ -168,7 +168,7 @@ def configurations(rows: Sequence[Row]) -> list[Configuration]:
     """In a stable order; of a seed that was run more than once, the newest row counts."""
     newest: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        newest[*(row[name] for name in _KEY), row["seed"]] = row
+        newest[(*(row[name] for name in _KEY), row["seed"])] = row
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for (*key, _), row in newest.items():
         groups.setdefault(tuple(key), []).append(row)

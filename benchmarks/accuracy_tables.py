@@ -17,18 +17,18 @@ def page(rows: Sequence[accuracy_results.Row]) -> str:
     parts = [
         "# Accuracy on real tasks",
         "",
-        "Generated from `benchmarks/results/accuracy.csv` by `make report`; [training.md](training.md) says what the modes",
-        "are, [paper.md](paper.md) how the paper's figures compare.",
+        "Generated from `benchmarks/results/accuracy.csv` by `make report`; [training.md](training.md) says what the",
+        "modes are, [paper.md](paper.md) how the paper's figures compare.",
         "",
     ]
     if not rows:
         return "\n".join([*parts, UNMEASURED]) + "\n"
     parts += [
-        "Metrics are in percent: of the development rows, which chose nothing, and of held-out training rows, which the",
-        "threshold was calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed).",
-        "`− dense` is the difference, in points, from the dense fine-tune of the same seed. FLOPs count predictors, and no",
-        "padding; `padded ×` is over a dense run padded to the paper's lengths. `argmax` is the threshold 0.5 as trained,",
-        "`sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows.",
+        "Metrics are in percent, of the development rows and of held-out training rows, which the threshold was",
+        "calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed). `− dense` is",
+        "the difference, in points, from the dense fine-tune of the same seed. FLOPs count predictors, and no",
+        "padding; `padded ×` is over a dense run padded to the paper's lengths. `argmax` is the threshold 0.5 as",
+        "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):

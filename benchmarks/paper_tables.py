@@ -119,7 +119,7 @@ def tokens_of(macs: float) -> float:
 
 
 def padding_lines(paper: dict[str, Any]) -> list[str]:
-    """Whether "Sequence" follows from "No padding": the ratio of a padded and an unpadded dense run of the mean length."""
+    """Whether "Sequence" follows from "No padding" and the FLOPs of a dense run, padded and of the mean length."""
     heads = ("task", "tokens", "padded to", "no padding ×", "padded ×, printed", "padded ×, recomputed")
     lines = head((*heads, "printed ÷ recomputed", f"tokens that padding to {PADDED_TO} would need"))
     for task, figures in paper["glue"]["bert"].items():

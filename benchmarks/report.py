@@ -4,9 +4,9 @@
 
 Two kinds of results: single runs of `transkimmer bench` in files named after them, which have tables of their own here,
 and the dated files that `bench model`, `bench training` and `profile` add to with `--results` (`runs.py`,
-`model_tables.py`, `plots.py`). Accuracy is a table of its own, `accuracy.csv` (`accuracy_results.py`, `accuracy_tables.py`,
-`accuracy_plots.py`), and stands beside the paper's figures (`paper_tables.py`). Checking needs no matplotlib: a plot holds
-the hash of what it shows.
+`model_tables.py`, `plots.py`). Accuracy is a table of its own, `accuracy.csv` (`accuracy_results.py`,
+`accuracy_tables.py`, `accuracy_plots.py`), and stands beside the paper's figures (`paper_tables.py`). Checking needs no
+matplotlib: a plot holds the hash of what it shows.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import pytest
 from benchmarks import accuracy_plots, accuracy_results, accuracy_tables, paper_tables, report
 
 COLUMNS = (
-    "date,commit,device,task,backbone,mode,seed,skim_weight,pruned,decision,calibrated_to,metric,dense,value,"
-    "held_out_value,flops_speedup,flops_speedup_padded,wall_clock_speedup,skim_efficiency,tokens_kept,seconds_train"
-).split(",")
+    *("date", "commit", "device", "task", "backbone", "mode", "seed", "skim_weight", "pruned", "decision"),
+    *("calibrated_to", "metric", "dense", "value", "held_out_value", "flops_speedup", "flops_speedup_padded"),
+    *("wall_clock_speedup", "skim_efficiency", "tokens_kept", "seconds_train"),
+)
 
 
 def row(**changes: Any) -> dict[str, Any]:

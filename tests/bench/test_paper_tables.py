@@ -37,8 +37,14 @@ def test_costs() -> None:
 
 @pytest.mark.parametrize(
     ("task", "recomputed", "ratio", "implied"),
-    [("CoLA", "10.30", "1.84", "12.1"), ("RTE", "11.87", "0.39", "78.9"), ("SST-2", "4.08", "2.67", "19.0")]
-    + [("STS-B", "7.17", "2.54", "24.8"), ("MRPC", "7.68", "0.97", None), ("WNLI", "19.61", "0.92", None)],
+    [
+        ("CoLA", "10.30", "1.84", "12.1"),
+        ("RTE", "11.87", "0.39", "78.9"),
+        ("SST-2", "4.08", "2.67", "19.0"),
+        ("STS-B", "7.17", "2.54", "24.8"),
+        ("MRPC", "7.68", "0.97", None),
+        ("WNLI", "19.61", "0.92", None),
+    ],
 )
 def test_padded_speedups(task: str, recomputed: str, ratio: str, implied: str | None) -> None:
     found = cells(paper_tables.blocks([])["padding"], task)
