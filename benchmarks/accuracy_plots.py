@@ -11,6 +11,7 @@ from .plots import Figure
 
 WANTED = 2.0  # FLOPs speedup at which tasks are compared layer by layer
 _COLOURS = ("#3182bd", "#e6550d", "#31a354", "#756bb1", "#c51b8a", "#8c6d31", "#636363", "#17becf")
+_MODES = {"corrected": _COLOURS[0], "published": _COLOURS[1], "paper": _COLOURS[2]}  # the same in every panel
 _MARKERS = {"threshold": "o", "argmax": "s", "sample": "^"}
 
 
@@ -63,7 +64,10 @@ def paint_trade_off(axes: Any, panel: dict[str, Any]) -> None:
         axes.axhspan(value - (spread or 0), value + (spread or 0), color="#cccccc", linewidth=0, zorder=0)
         axes.axhline(value, color="#777777", linewidth=1, label="dense fine-tune", zorder=1)
     trainings = sorted({point["training"] for point in panel["points"]})
-    for colour, training in zip(_COLOURS * len(trainings), trainings, strict=False):
+    others = [training for training in trainings if training not in _MODES]
+    colours = _MODES | dict(zip(others, _COLOURS[len(_MODES) :] * len(others), strict=False))
+    for training in trainings:
+        colour = colours[training]
         mine = [point for point in panel["points"] if point["training"] == training]
         for weight in sorted({point["skim_weight"] or 0 for point in mine}):
             # Points of one trained model, at different thresholds, are a curve.

@@ -6,7 +6,7 @@ train well (see docs/training.md for the measurements).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..records import record_skimming
+from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
 from .curves import follow, is_logged
 
@@ -142,8 +142,10 @@ class SkimTrainer(SteadyTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         teacher_logits = inputs.pop(TEACHER_LOGITS, None)
-        recording = model.training and is_logged(self.args, self.state)
-        with record_skimming() if recording else nullcontext([]) as records:
+        recording: AbstractContextManager[list[SkimRecord]] = nullcontext([])
+        if model.training and is_logged(self.args, self.state):
+            recording = record_skimming()
+        with recording as records:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if records:
             weight = skimming_of(self.model).config.skim_weight
