@@ -45,7 +45,7 @@ def lines(group: Sequence[Configuration]) -> list[str]:
 
 
 def _cells(found: Configuration) -> list[str]:
-    kept = found.tokens_kept
+    kept, efficiency = found.tokens_kept, times(found.mean("skim_efficiency"))
     return [
         found.training,
         NOTHING if found.skim_weight is None else f"{found.skim_weight:g}",
@@ -57,7 +57,7 @@ def _cells(found: Configuration) -> list[str]:
         times(found.mean("flops_speedup_padded")),
         NOTHING if kept is None else f"{sum(kept) / len(kept):.1%}",
         times(found.mean("wall_clock_speedup")),
-        f"**{times(found.mean('skim_efficiency'))}**",
+        efficiency if efficiency == NOTHING else f"**{efficiency}**",
         str(len(found.rows)),
     ]
 
