@@ -27,13 +27,17 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """name: of the plot; title: alternative text; data: all that it shows, as JSON; paint: draws that on axes."""
+    """name: of the plot; title: alternative text; data: all that it shows, as JSON; paint: draws that on axes.
+
+    device: what was measured on, or "accuracy". With `panels`, the data are a list, an item for each of them.
+    """
 
     name: str
     device: str
     title: str
     data: Any
     paint: Callable[[Any, Any], None]
+    panels: int | None = None
 
     @property
     def path(self) -> Path:
@@ -54,8 +58,16 @@ class Figure:
 
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(_SETTINGS):
-            canvas = Canvas(figsize=(6.0, 3.6), layout="constrained")
-            self.paint(canvas.add_subplot(), self.data)
+            columns = min(self.panels or 1, 3)
+            rows = -(-(self.panels or 1) // columns)
+            size = (6.0, 3.6) if self.panels is None else (max(6.0, 4.0 * columns), 3.2 * rows)
+            canvas = Canvas(figsize=size, layout="constrained")
+            places = list(canvas.subplots(rows, columns, squeeze=False).flat)
+            shown = [self.data] if self.panels is None else self.data
+            for axes, data in zip(places, shown, strict=False):
+                self.paint(axes, data)
+            for axes in places[len(shown) :]:
+                axes.remove()
             metadata = {"Description": f"data sha256 {self.digest}", "Title": self.title, "Date": None, "Creator": None}
             canvas.savefig(root / self.path, format="svg", metadata=metadata)
 

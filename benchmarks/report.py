@@ -4,7 +4,9 @@
 
 Two kinds of results: single runs of `transkimmer bench` in files named after them, which have tables of their own here,
 and the dated files that `bench model`, `bench training` and `profile` add to with `--results` (`runs.py`,
-`model_tables.py`, `plots.py`). Checking needs no matplotlib: a plot holds the hash of what it shows.
+`model_tables.py`, `plots.py`). Accuracy is a table of its own, `accuracy.csv` (`accuracy_results.py`,
+`accuracy_tables.py`, `accuracy_plots.py`), and stands beside the paper's figures (`paper_tables.py`). Checking needs no
+matplotlib: a plot holds the hash of what it shows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import model_tables, plots, runs
+from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, paper_tables, plots, runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu"
@@ -133,23 +135,40 @@ def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
     found = {README: between(readme, "headline", model_tables.headline(devices))}
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices)
+    rows = accuracy_results.read(results / accuracy_results.NAME)
+    found[ROOT / "docs/accuracy.md"] = accuracy_tables.page(rows)
+    paper = ROOT / "docs/paper.md"
+    text = paper.read_text(encoding="utf-8")
+    for name, content in paper_tables.blocks(rows).items():
+        text = between(text, name, content)
+    found[paper] = text
     return found
+
+
+def figures(results: Path = RESULTS.parent) -> list[plots.Figure]:
+    """Every plot that the stored results suffice for."""
+    rows = accuracy_results.read(results / accuracy_results.NAME)
+    return [*plots.figures(runs.load(results)), *accuracy_plots.figures(rows)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    figures = plots.figures(runs.load(RESULTS.parent))
-    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    stale += [ROOT / figure.path for figure in figures if not figure.is_current(ROOT)]
+    try:
+        wanted, drawn = pages(), figures()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    stale += [ROOT / figure.path for figure in drawn if not figure.is_current(ROOT)]
     if arguments.check:
         for path in stale:
             print(f"{path.relative_to(ROOT)}: is not what the stored results say; run: make report", file=sys.stderr)
         return int(bool(stale))
-    for path, text in pages().items():
+    for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
-    for figure in figures:
+    for figure in drawn:
         figure.draw(ROOT)
     return 0
 

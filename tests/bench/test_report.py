@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def test_stale_pages_are_noticed(
     readme = tmp_path / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "docs").mkdir()
+    shutil.copy(report.ROOT / "docs/paper.md", tmp_path / "docs")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "demo_lines", list)  # reads a file of the package

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transkimmer import add_skimming
 from transkimmer.cli import main
 from transkimmer.tasks import TASKS
 from transkimmer.training import SteadyTrainer
@@ -57,6 +59,11 @@ def test_a_run_from_start_to_finish(
     assert document["dev"]["threshold"]["examples"] == 12
     assert set(document["dense_dev"]["metrics"]) == {"accuracy"}
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    steps = [step for step in document["curves"]["skimming"] if "loss" in step]
+    assert len(steps) >= 10 and all(
+        {"task_loss", "skim_loss", "keep_threshold/layer_02"} <= set(step) for step in steps
+    )
+    assert "loss" in document["curves"]["dense"][0]
     assert train(backbone, data, tmp_path / "run") == 2
     assert "holds a run already; go on with --resume" in capsys.readouterr().err
     assert train(backbone, data, tmp_path / "run", "--resume", "--seed", "1") == 2
@@ -69,6 +76,23 @@ def test_a_run_from_start_to_finish(
     assert found["flops_speedup"] == pytest.approx(document["dev"]["threshold"]["flops_speedup"])
     assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
     assert found["wall_clock_speedup"] > 0
+
+
+def test_a_picture_of_texts(
+    tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib, an extra")
+    add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    picture = tmp_path / "texts.png"
+    evaluate = ["evaluate", "--task", "sst2", "--data", str(data), "--repeats", "0", "--png", str(picture)]
+    assert main([*evaluate, "--model", str(tmp_path / "model")]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*evaluate, "--model", str(backbone)]) == 2
+    assert f"--png {picture}: the model does not skim" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*evaluate, "--model", str(tmp_path / "model")]) == 2
+    assert f"--png {picture}: needs matplotlib" in capsys.readouterr().err
 
 
 class _Killed(BaseException):

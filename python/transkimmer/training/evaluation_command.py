@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from transkimmer_kernels.files import write_whole
 
-from ..bench import show
+from ..bench import picture, show
 from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
@@ -30,7 +30,7 @@ from ..tasks import TASKS, Task, load_split, task_named
 from .evaluation import evaluate_classifier, predictor_width, training_forward_difference
 from .recipe import MODEL
 
-SHOWN = 16
+SHOWN, DRAWN = 16, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed table")
     parser.add_argument("--html", type=Path, metavar="FILE", help=f"write {SHOWN} texts, coloured by skim layer")
+    parser.add_argument("--png", type=Path, metavar="FILE", help=f"draw {DRAWN} texts, coloured by skim layer")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.png is not None:
+        picture.check_matplotlib(f"--png {arguments.png}")
     folder = model_folder(arguments.model)
     model, tokenizer = load(folder, task, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     examples = load_split(task, arguments.split, arguments.data)
@@ -78,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.markdown, text + "\n")
     if arguments.html is not None:
         _write_html(arguments.html, model, tokenizer, task, examples[:SHOWN])
+    if arguments.png is not None:
+        _draw(arguments.png, model, tokenizer, task, examples[:DRAWN])
     return 0
 
 
@@ -187,3 +192,15 @@ def _write_html(path: Path, model: PreTrainedModel, tokenizer: Any, task: Task, 
         texts = [(example.text, example.pair) for example in examples]
         show.print_sentences(console, model, tokenizer, texts, task.classes or ("score",))
     show.save_html(console, path)
+
+
+def _draw(path: Path, model: PreTrainedModel, tokenizer: Any, task: Task, examples: Sequence[Example]) -> None:
+    if not predictor_width(model):
+        raise ValueError(f"--png {path}: the model does not skim")
+    names = task.classes or ("score",)
+    texts = []
+    for example in examples:
+        words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
+        if words:
+            texts.append(picture.ColouredText(words, names[predicted]))
+    picture.draw(path, texts, model.config.num_hidden_layers)

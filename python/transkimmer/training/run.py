@@ -33,7 +33,7 @@ from ..tasks import Task, load_split
 from .calibration import calibrate
 from .evaluation import SkimEvaluation, evaluate_classifier
 from .recipe import MODEL, Recipe
-from .stages import drop_checkpoints, save_whole, train_stage
+from .stages import drop_checkpoints, logged, save_whole, train_stage
 
 RUN, SETTINGS = "run.json", "settings.json"
 EVALUATION_BATCH = 64
@@ -173,7 +173,9 @@ class Run:
         return min(self.recipe.max_length, positions_of(model))
 
     def _write(self, figures: dict[str, Any]) -> dict[str, Any]:
+        curves = {stage: logged(self.output / stage) for stage in ("dense", "skimming")}
         document = {**self.settings(), **figures, "seconds": self.seconds, "environment": environment()}
+        document["curves"] = {stage: steps for stage, steps in curves.items() if steps}
         if PartialState().is_main_process:
             write_whole(self.output / RUN, json.dumps(document, indent=2) + "\n")
         return document

@@ -20,6 +20,7 @@ from .recipe import Recipe
 from .trainer import SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
 
 CHECKPOINTS = 5  # per stage; only the last is kept
+STATE = "trainer_state.json"
 
 
 def train_stage(
@@ -50,6 +51,7 @@ def train_stage(
     name = "skimming" if skimming else "dense"
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_state()  # the curves, which the checkpoints take with them when they go
     except TrainingDiverged as error:
         kept = last_whole_checkpoint(folder)
         raise ValueError(
@@ -94,9 +96,15 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if _has_state(path)), None)
 
 
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What a finished stage has logged, step by step; nothing where it was not run here."""
+    state = folder / STATE
+    return TrainerState.load_from_json(str(state)).log_history if state.is_file() else []
+
+
 def _has_state(checkpoint: Path) -> bool:
     try:
-        return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step > 0
+        return TrainerState.load_from_json(str(checkpoint / STATE)).global_step > 0
     except (OSError, json.JSONDecodeError):
         return False
 

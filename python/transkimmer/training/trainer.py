@@ -6,6 +6,7 @@ train well (see docs/training.md for the measurements).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
+from .curves import follow, is_logged
 
 # Column of the teacher's logits in a training batch.
 TEACHER_LOGITS = "teacher_logits"
@@ -96,13 +99,14 @@ class _SeededSampler(LengthGroupedSampler):
 
 
 class SkimTrainer(SteadyTrainer):
-    """Trains a model that `add_skimming` has been called on."""
+    """Trains a model that `add_skimming` has been called on, and logs what it skims (`SkimCurves.scalars`)."""
 
     args: SkimTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_SkimRamp(skimming_of(self.model).config.skim_weight, self.args.skim_ramp))
+        self.curves = follow(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Parameter groups: backbone with and without weight decay, predictors with their own learning rate."""
@@ -138,11 +142,24 @@ class SkimTrainer(SteadyTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         teacher_logits = inputs.pop(TEACHER_LOGITS, None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        recording: AbstractContextManager[list[SkimRecord]] = nullcontext([])
+        if model.training and is_logged(self.args, self.state):
+            recording = record_skimming()
+        with recording as records:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if records:
+            weight = skimming_of(self.model).config.skim_weight
+            self.curves.add(self.state.global_step + 1, records[-1], outputs, weight)
         if teacher_logits is not None and model.training:
             temperature = self.args.distillation_temperature
             loss = loss + self.args.distillation_weight * distillation_loss(outputs.logits, teacher_logits, temperature)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.curves.step == self.state.global_step:
+            config = skimming_of(self.model).config
+            logs |= {"skim_weight": config.skim_weight, **self.curves.scalars(config.logit_threshold)}
+        super().log(logs, start_time)
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

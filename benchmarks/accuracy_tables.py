@@ -1,0 +1,93 @@
+"""Markdown of `accuracy.csv`: docs/accuracy.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import accuracy_plots, accuracy_results
+from .accuracy_results import Configuration, Mean
+from .model_tables import NOTHING, head, line
+
+UNMEASURED = "Not measured yet: there is no row in `benchmarks/results/accuracy.csv`."
+_HEADS = ("training", "λ", "decision", "dev", "− dense", "held out", "FLOPs ×", "padded ×", "tokens kept")
+_HEADS += ("wall-clock ×", "**skim efficiency**", "seeds")
+
+
+def page(rows: Sequence[accuracy_results.Row]) -> str:
+    parts = [
+        "# Accuracy on real tasks",
+        "",
+        "Generated from `benchmarks/results/accuracy.csv` by `make report`; [training.md](training.md) says what the",
+        "modes are, [paper.md](paper.md) how the paper's figures compare.",
+        "",
+    ]
+    if not rows:
+        return "\n".join([*parts, UNMEASURED]) + "\n"
+    parts += [
+        "Metrics are in percent, of the development rows and of held-out training rows, which the threshold was",
+        "calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed). `− dense` is",
+        "the difference, in points, from the dense fine-tune of the same seed. FLOPs count predictors, and no",
+        "padding; `padded ×` is over a dense run padded to the paper's lengths. `argmax` is the threshold 0.5 as",
+        "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows.",
+        "",
+    ]
+    for figure in accuracy_plots.figures(rows):
+        parts += [f"![{figure.title}](plots/{figure.path.name})", ""]
+    found = accuracy_results.configurations(rows)
+    for (task, backbone, metric), group in accuracy_results.panels(found).items():
+        parts += [f"## {task}, {backbone}: {metric}", "", *lines(group), "", _where(group), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def lines(group: Sequence[Configuration]) -> list[str]:
+    """The table of one task, backbone and metric."""
+    return [*head(_HEADS), *(line(_cells(configuration)) for configuration in group)]
+
+
+def _cells(found: Configuration) -> list[str]:
+    kept, efficiency = found.tokens_kept, times(found.mean("skim_efficiency"))
+    return [
+        found.training,
+        NOTHING if found.skim_weight is None else f"{found.skim_weight:g}",
+        found.point,
+        percent(found.mean("value")),
+        points(over_dense(found)),
+        percent(found.mean("held_out_value")),
+        times(found.mean("flops_speedup")),
+        times(found.mean("flops_speedup_padded")),
+        NOTHING if kept is None else f"{sum(kept) / len(kept):.1%}",
+        times(found.mean("wall_clock_speedup")),
+        efficiency if efficiency == NOTHING else f"**{efficiency}**",
+        str(len(found.rows)),
+    ]
+
+
+def over_dense(found: Configuration) -> Mean | None:
+    """value - dense, seed by seed; None for the dense fine-tune itself."""
+    if found.mode == accuracy_results.DENSE:
+        return None
+    return Mean.of(None if row["dense"] is None else row["value"] - row["dense"] for row in found.rows)
+
+
+def percent(mean: Mean | None) -> str:
+    if mean is None:
+        return NOTHING
+    return f"{100 * mean.value:.2f}" + ("" if mean.spread is None else f" ± {100 * mean.spread:.2f}")
+
+
+def points(mean: Mean | None) -> str:
+    if mean is None:
+        return NOTHING
+    return f"{100 * mean.value:+.2f}" + ("" if mean.spread is None else f" ± {100 * mean.spread:.2f}")
+
+
+def times(mean: Mean | None) -> str:
+    if mean is None:
+        return NOTHING
+    return f"{mean.value:.2f}" + ("" if mean.spread is None else f" ± {mean.spread:.2f}")
+
+
+def _where(group: Sequence[Configuration]) -> str:
+    rows = [row for configuration in group for row in configuration.rows]
+    devices, commits = ({row[name] for row in rows if row[name]} for name in ("device", "commit"))
+    return f"On {', '.join(sorted(devices)) or 'an unnamed device'}; commit {', '.join(sorted(commits)) or 'unknown'}."
