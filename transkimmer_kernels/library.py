@@ -4,8 +4,8 @@
 backend is therefore chosen by naming an overload: no string argument travels through the dispatcher, `torch.compile`
 sees a concrete operator, and `torch.library.opcheck` tests each backend by itself.
 
-Schemas, fakes, autograd and FLOP formulas are written here once per operator; a backend supplies an implementation, either a
-Python function (`implement`) or a kernel registered by one of the native libraries (`implement_natively`).
+Schemas, fakes, autograd and FLOP formulas are written here once per operator; a backend supplies an implementation,
+either a Python function (`implement`) or a kernel registered by one of the native libraries (`implement_natively`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FLOPs that `torch.utils.flop_counter` counts in our operators: the dense model's, the closed forms', real tokens only."""
+"""FLOPs that PyTorch's counter finds in our operators: the dense model's, the closed forms', real tokens only."""
 
 from __future__ import annotations
 
