@@ -4,8 +4,8 @@
 backend is therefore chosen by naming an overload: no string argument travels through the dispatcher, `torch.compile`
 sees a concrete operator, and `torch.library.opcheck` tests each backend by itself.
 
-Schemas, fakes and autograd formulas are written here once per operator; a backend supplies an implementation, either a
-Python function (`implement`) or a kernel registered by one of the native libraries (`implement_natively`).
+Schemas, fakes, autograd and FLOP formulas are written here once per operator; a backend supplies an implementation,
+either a Python function (`implement`) or a kernel registered by one of the native libraries (`implement_natively`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from . import native
 
@@ -34,11 +35,16 @@ class Operator:
     fake: Callable[..., Any]
     setup_context: Callable[..., None] | None = None
     make_backward: Callable[[str], Callable[..., Any]] | None = None
+    flops: Callable[..., int] | None = None
     # backend -> a function that answers None when the backend works here, else the reason why it does not
     backends: dict[str, Callable[[], str | None]] = field(default_factory=dict)
 
+    @property
+    def packet(self) -> torch._ops.OpOverloadPacket:
+        return getattr(torch.ops.transkimmer, self.name)
+
     def overload(self, backend: str) -> torch._ops.OpOverload:
-        return getattr(getattr(torch.ops.transkimmer, self.name), backend)
+        return getattr(self.packet, backend)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -51,9 +57,16 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     make_backward: Callable[[str], Callable[..., Any]] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Operator:
-    """Declares an operator; `make_backward(backend)` returns the autograd formula for that backend's overload."""
-    OPERATORS[name] = Operator(name, schema, fake, setup_context, make_backward)
+    """Declares an operator.
+
+    Args:
+        make_backward: `make_backward(backend)` returns the autograd formula for that backend's overload.
+        flops: the operator's arguments -> its FLOPs (`ops/counting.py`), for `torch.utils.flop_counter`, whatever the
+            backend; None: it multiplies no matrices.
+    """
+    OPERATORS[name] = Operator(name, schema, fake, setup_context, make_backward, flops)
     return OPERATORS[name]
 
 
@@ -70,6 +83,12 @@ def _declare(operator: Operator, backend: str, available: Callable[[], str | Non
         )
     operator.backends[backend] = available
     return overload
+
+
+def _register_flops(packet: torch._ops.OpOverloadPacket, flops: Callable[..., int]) -> None:
+    @register_flop_formula(packet, get_raw=True)
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return flops(*args, **kwargs)
 
 
 def implement(
@@ -143,3 +162,7 @@ def load_operators(package: str, names: tuple[str, ...]) -> None:
                 # registry says so.
                 if error.name not in (module, "triton"):
                     raise
+    # Only now: every overload that is declared changes the hash of its operator, by which a formula is found.
+    for operator in OPERATORS.values():
+        if operator.flops is not None:
+            _register_flops(operator.packet, operator.flops)

@@ -23,7 +23,7 @@ from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
 from ..bench.workload import Batch
 from ..data import Example, TokenizedExamples, padded_batches, positions_of
-from ..flops import EncoderShape
+from ..flops import EncoderShape, count_flops
 from ..loading import from_pretrained
 from ..skimming import CONFIG_KEY, skimming_of
 from ..tasks import TASKS, Task, load_split, task_named
@@ -110,19 +110,24 @@ def figures_of(
     model: PreTrainedModel, task: Task, batches: Sequence[dict[str, Tensor]], repeats: int
 ) -> dict[str, Any]:
     """Everything that is reported; the timing only with `repeats` and a skimming model."""
-    result = evaluate_classifier(model, batches, task.metrics)
+    with count_flops() as counted:
+        result = evaluate_classifier(model, batches, task.metrics)
     figures: dict[str, Any] = result.to_dict()
     if not predictor_width(model):
         return figures
     shape = EncoderShape.of(model.config, predictor_width(model))
     lengths, layers = result.lengths, result.layer_lengths
-    cut = skimming_of(model).first_token_only
+    cut, config = skimming_of(model).first_token_only, skimming_of(model).config
     dense = shape.dense_flops(lengths, first_token_only=cut)
+    shape_executed = shape.as_executed(scores_first=config.decision == "sample" and config.schedule is None)
+    executed = shape_executed.skimming_flops(lengths, layers, first_token_only=cut)
     figures |= {
-        "decision": skimming_of(model).config.decision,
+        "decision": config.decision,
         "padded_length": task.padded_length,
         "padded_flops_speedup": shape.padded_flops_speedup(lengths, layers, task.padded_length),
-        "executed_flops_speedup": dense / shape.skimming_flops(lengths, layers, first_token_only=cut),
+        "executed_flops_speedup": dense / executed,
+        "executed_flops": executed,
+        "counted_flops": counted.of_operators(),
     }
     if repeats:
         figures |= wall_clock(model, batches, repeats, figures["executed_flops_speedup"])
@@ -161,6 +166,8 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
             ("FLOPs speedup, no padding", f"{figures['flops_speedup']:.2f}"),
             (f"FLOPs speedup, dense padded to {figures['padded_length']}", f"{figures['padded_flops_speedup']:.2f}"),
             ("FLOPs speedup, as executed", f"{figures['executed_flops_speedup']:.2f}"),
+            ("FLOPs executed, closed form", f"{figures['executed_flops']:,}"),
+            ("FLOPs executed, counted operator by operator", f"{figures['counted_flops']:,}"),
         ]
     if "wall_clock_speedup" in figures:
         rows += [

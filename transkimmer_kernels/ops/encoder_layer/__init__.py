@@ -10,11 +10,43 @@ from torch import Tensor
 from ...library import define
 from ...registry import select
 from ..checks import FLOATS, check_max_seqlen, check_slots, check_tensor, require
+from ..counting import pair_count, product_flops, row_count, sequence_count
 from ..ragged_linear import ACTIVATIONS
 
 
 def _fake(hidden: Tensor, *rest: Any) -> None:
     return None
+
+
+def _flops(
+    hidden: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm1_eps: float,
+    ffn_in_weight: Tensor,
+    ffn_in_bias: Tensor | None,
+    ffn_out_weight: Tensor,
+    *rest: Any,
+) -> int:
+    rows = row_count(cu_seqlens, slots.numel())
+    total = product_flops(rows, qkv_weight)
+    if query_weight is None:
+        updated, pairs = rows, pair_count(cu_seqlens, cu_seqlens, slots.numel(), max_seqlen)
+    else:
+        updated, pairs = sequence_count(cu_seqlens), rows
+        total += product_flops(updated, query_weight)
+    total += sum(product_flops(updated, weight) for weight in (out_weight, ffn_in_weight, ffn_out_weight))
+    return total + 2 * 2 * pairs * hidden.size(1)
 
 
 define(
@@ -25,6 +57,7 @@ define(
     "Tensor ffn_out_weight, Tensor? ffn_out_bias, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, "
     "str activation) -> ()",
     fake=_fake,
+    flops=_flops,
 )
 
 

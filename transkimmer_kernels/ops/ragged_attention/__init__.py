@@ -11,6 +11,7 @@ from torch import Tensor
 from ...library import OPERATORS, define
 from ...registry import select
 from ..checks import FLOATS, check_cu_seqlens, check_max_seqlen, check_tensor, require
+from ..counting import pair_count
 
 
 def _fake(
@@ -50,6 +51,36 @@ def _fake_backward(
     return grads[0], grads[1], grads[2], grad_keep
 
 
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *rest: Any,
+) -> int:
+    """Two products, scores and values; keys of weight 0 are computed and counted, too."""
+    return 2 * 2 * pair_count(cu_seqlens_q, cu_seqlens_k, q.size(0), max_seqlen_k) * q.size(1) * q.size(2)
+
+
+def _flops_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *rest: Any,
+) -> int:
+    """Five products: the scores once more, and the gradients of P, of the queries, of the keys and of the values."""
+    pairs = pair_count(cu_seqlens_q, cu_seqlens_k, q.size(0), rest[1])
+    return 5 * 2 * pairs * q.size(1) * q.size(2)
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Softmax statistics are kept in fp32, or in fp64 for an fp64 oracle."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -87,6 +118,7 @@ define(
     "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? keep)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    flops=_flops_backward,
 )
 define(
     "ragged_attention",
@@ -95,6 +127,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     make_backward=_make_backward,
+    flops=_flops,
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...library import define
 from ...registry import select
 from ..checks import FLOATS, check_cu_seqlens, check_slots, check_tensor, require
+from ..counting import product_flops, row_count
 from ..rows import zero_tail
 
 ACTIVATIONS = ("none", "gelu")
@@ -43,6 +44,20 @@ def _fake_norm(
 
 def _fake_norm_(hidden: Tensor, *args: Any) -> None:
     return None
+
+
+def _flops(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None, activation: str
+) -> int:
+    return product_flops(row_count(cu_seqlens, _rows_out(x, slots)), weight)
+
+
+def _flops_norm(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    return product_flops(row_count(rest[-1], x.size(0)), weight)
+
+
+def _flops_norm_(hidden: Tensor, slots: Tensor, *product: Any) -> int:
+    return _flops_norm(*product)
 
 
 def _pick(rows: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +137,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     make_backward=_make_backward,
+    flops=_flops,
 )
 define(
     "ragged_linear_norm",
@@ -130,12 +146,14 @@ define(
     fake=_fake_norm,
     setup_context=_setup_context_norm,
     make_backward=_make_backward_norm,
+    flops=_flops_norm,
 )
 define(
     "ragged_linear_norm_",
     "(Tensor(a!) hidden, Tensor slots, Tensor x, Tensor weight, Tensor? bias, Tensor residual, "
     "Tensor norm_weight, Tensor norm_bias, float eps, Tensor cu_seqlens) -> ()",
     fake=_fake_norm_,
+    flops=_flops_norm_,
 )
 
 

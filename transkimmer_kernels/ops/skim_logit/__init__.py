@@ -11,6 +11,7 @@ from torch import Tensor
 from ...library import define
 from ...registry import select
 from ..checks import FLOATS, check_slots, check_tensor
+from ..counting import product_flops, row_count
 from ..rows import zero_tail
 
 WEIGHTS = (
@@ -28,6 +29,16 @@ WEIGHTS = (
 def _fake(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.new_empty((slots.numel(),), dtype=dtype)
+
+
+def predictor_flops(rows: int, fc_weight: Tensor, out_weight: Tensor) -> int:
+    """Of the difference of the two outputs, which is one dot product; the paper's Linear has both."""
+    return product_flops(rows, fc_weight) + 2 * rows * out_weight.numel()
+
+
+def _flops(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> int:
+    weights = dict(zip(WEIGHTS, weights_and_eps, strict=False))
+    return predictor_flops(row_count(cu_seqlens, slots.numel()), weights["fc_weight"], weights["out_weight"])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,6 +73,7 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     make_backward=_make_backward,
+    flops=_flops,
 )
 
 

@@ -9,11 +9,19 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..skim_logit import WEIGHTS, check_predictor
+from ..counting import row_count, sequence_count
+from ..skim_logit import WEIGHTS, check_predictor, predictor_flops
 
 
 def _fake(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(slots), torch.empty_like(cu_seqlens)
+
+
+def _flops(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *rest: Any) -> int:
+    """First tokens that stay anyway need no score, whether or not a backend computes one."""
+    weights, keep_first = dict(zip(WEIGHTS, rest, strict=False)), rest[-1]
+    rows = row_count(cu_seqlens, slots.numel()) - (sequence_count(cu_seqlens) if keep_first else 0)
+    return predictor_flops(rows, weights["fc_weight"], weights["out_weight"])
 
 
 define(
@@ -22,6 +30,7 @@ define(
     + ", ".join(f"Tensor {name}" for name in WEIGHTS)
     + ", float eps, float logit_threshold, bool keep_first) -> (Tensor, Tensor)",
     fake=_fake,
+    flops=_flops,
 )
 
 
