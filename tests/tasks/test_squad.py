@@ -322,7 +322,8 @@ def test_a_run_from_start_to_finish(tmp_path: Path, backbone: Path, capsys: pyte
     assert again["dev"]["threshold"] == document["dev"]["threshold"]
     evaluate = ["evaluate", "--model", str(run), *given, "--repeats", "1", "--check-training-forward"]
     capsys.readouterr()
-    assert main([*evaluate, "--json", str(figures), "--html", str(page)]) == 0
+    assert main([*evaluate, "--json", str(figures), "--html", str(page), "--answers", str(tmp_path / "a.json")]) == 0
+    assert set(json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))) == set(map(str, range(9)))
     found = json.loads(figures.read_text(encoding="utf-8"))
     assert f"SQuAD v2.0, dev, {found['examples']} windows" in capsys.readouterr().out
     assert found["examples"] > 9

@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed table")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="write the answer to each question, as SQuAD's own script reads them",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help=f"write {SHOWN} texts, coloured by skim layer")
 
 
@@ -68,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = model_folder(arguments.model)
     recipe = recipe_of("dense", task, max_length=arguments.max_length, doc_stride=arguments.doc_stride)
     kind = kind_of(task, recipe.doc_stride)
+    if arguments.answers is not None and not isinstance(kind, QuestionKind):
+        raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
     model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     examples = load_split(task, arguments.split, arguments.data)
     max_length = min(recipe.max_length, positions_of(model))
@@ -83,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, json.dumps({**document, "environment": environment()}, indent=2) + "\n")
     if arguments.markdown is not None:
         write_whole(arguments.markdown, text + "\n")
+    if arguments.answers is not None:
+        write_whole(arguments.answers, json.dumps(judge.predictions, indent=2) + "\n")
     if arguments.html is not None:
         _write_html(arguments.html, model, tokenizer, kind, examples, max_length)
     return 0

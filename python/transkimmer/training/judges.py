@@ -99,7 +99,9 @@ class SpanJudge:
     def _answer(self, window: int, score: float, first: int, last: int) -> Answer:
         offsets = self.windows.offsets[window]
         start, end = int(offsets[first, 0]), int(offsets[last, 1])
-        return Answer(score, self.windows.questions[self.windows.question_of[window]].passage[start:end], start, end)
+        text = self.windows.questions[self.windows.question_of[window]].passage[start:end]
+        start += len(text) - len(text.lstrip())  # some tokenizers count the space before a word as part of it
+        return Answer(score, text.strip(), start, end)
 
     def n_best(self, question: int) -> list[Answer]:
         """The best spans of a question, best first, each text once."""

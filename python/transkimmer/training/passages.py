@@ -17,6 +17,7 @@ from ..windows import Question, QuestionWindows
 from .judges import Answer
 from .kinds import QuestionKind
 
+SHOWN = 2  # of the spans that come after the answer
 _MARK = "underline on #fff3b0"
 
 
@@ -28,11 +29,13 @@ class ReadPassage:
         words: characters from the first up to the last one of each word or sign, and how many layers read it: as many
             as read any piece of it, in any window.
         answer: what the model answered; None: that there is no answer.
+        next_best: other spans that scored high, best first.
     """
 
     question: Question
     words: list[tuple[int, int, int]]
     answer: Answer | None
+    next_best: list[Answer]
 
 
 @torch.no_grad()
@@ -59,7 +62,9 @@ def read_passage(
                 depths[start:end] = [max(former, int(depth)) for former in depths[start:end]]
     spans = (match.span() for match in re.finditer(r"\w+|[^\w\s]", question.passage))
     words = [(start, end, max(depths[start:end])) for start, end in spans]
-    return ReadPassage(question, words, judge.answer(0))
+    answer = judge.answer(0)
+    others = [other for other in judge.n_best(0) if answer is None or other.text != answer.text]
+    return ReadPassage(question, words, answer, others)
 
 
 def print_passages(
@@ -70,16 +75,19 @@ def print_passages(
     questions: Iterable[Question],
     max_length: int = 384,
 ) -> None:
-    """Prints each question, what was answered and what is right, and the passage with the answer marked in it."""
+    """Prints each question, its answer, the right ones and the next best, and the passage with the answer marked."""
     layers = model.config.num_hidden_layers
     console.print(show.legend(layers).append("; the model's answer is ").append("marked", style=_MARK))
     for question in questions:
         found = read_passage(model, tokenizer, kind, question, max_length)
         answer = "no answer" if found.answer is None else found.answer.text
         given = " | ".join(dict.fromkeys(question.answers)) or "no answer"
+        others = " | ".join(other.text for other in found.next_best[:SHOWN])
         console.print()
         console.print(
-            Text(question.text.strip(), style="bold").append(f"  {answer}  ", _MARK).append(f"(right: {given})")
+            Text(question.text.strip(), style="bold")
+            .append(f"  {answer}  ", _MARK)
+            .append(f"(right: {given}; then: {others})")
         )
         console.print(passage_text(found, layers))
 

@@ -73,6 +73,7 @@ class Run:
         else:
             model = self._skimming(dense, train, tokenizer)
             figures["calibration"] = self._calibrate(model, calibration)
+            set_seed(self.recipe.seed)  # a resumed run draws the same decisions, where they are drawn
             figures["calibration"] |= self.kind.fit(model, calibration)
             setattr(model.config, CONFIG_KEY, skimming_of(model).config.to_dict())
             save_whole(model, tokenizer, self.output / MODEL)
