@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def padded_batches(
         yield dict(batch)
 
 
-def positions_of(model: PreTrainedModel) -> int:
-    """Tokens that fit the model's position embeddings; RoBERTa's start behind the padding's."""
-    taken = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
-    return int(model.config.max_position_embeddings) - taken
+def positions_of(config: PreTrainedConfig) -> int:
+    """Tokens that fit a model's position embeddings; RoBERTa's start behind the padding's."""
+    taken = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return int(config.max_position_embeddings) - taken

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
     model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     examples = load_split(task, arguments.split, arguments.data)
-    max_length = min(recipe.max_length, positions_of(model))
+    max_length = min(recipe.max_length, positions_of(model.config))
     rows = kind.rows(examples, tokenizer, max_length, arguments.batch_size)
     batches, judge = rows.batches, kind.judge(rows.features, model)
     figures = figures_of(model, task, batches, arguments.repeats, judge)

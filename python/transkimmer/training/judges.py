@@ -101,7 +101,8 @@ class SpanJudge:
         start, end = int(offsets[first, 0]), int(offsets[last, 1])
         text = self.windows.questions[self.windows.question_of[window]].passage[start:end]
         start += len(text) - len(text.lstrip())  # some tokenizers count the space before a word as part of it
-        return Answer(score, text.strip(), start, end)
+        text = text.strip()
+        return Answer(score, text, start, start + len(text))
 
     def n_best(self, question: int) -> list[Answer]:
         """The best spans of a question, best first, each text once."""

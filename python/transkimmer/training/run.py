@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from transkimmer_kernels.files import write_whole
 
@@ -61,10 +61,11 @@ class Run:
         train, held_out = hold_out(rows, self.recipe)
         tokenizer = AutoTokenizer.from_pretrained(self.dense or self.backbone)
         figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
-        dense = self._dense(train, tokenizer)
-        length = self._max_length(dense)
+        # Before anything is trained, so that rows which do not fit are known early.
+        length = self._max_length(AutoConfig.from_pretrained(self.dense or self.backbone))
         calibration = self.kind.rows(held_out, tokenizer, length, EVALUATION_BATCH)
         judged = self.kind.rows(dev, tokenizer, length, EVALUATION_BATCH)
+        dense = self._dense(train, tokenizer)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
             fitted = self.kind.fit(dense, calibration)
             figures["dense_dev"] = self._evaluate(dense, judged).to_dict() | fitted
@@ -92,7 +93,7 @@ class Run:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
         folder = self.output / "dense"
-        examples = self.kind.features(train, tokenizer, self._max_length(model))
+        examples = self.kind.features(train, tokenizer, self._max_length(model.config))
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=False, save_steps=self.save_steps)
         self.seconds["dense"] = time.perf_counter() - start
@@ -111,7 +112,7 @@ class Run:
         folder = self.output / "skimming"
         if (folder / MODEL).is_dir():
             return from_pretrained(folder / MODEL, self.kind.auto_class)
-        examples = self.kind.features(train, tokenizer, self._max_length(dense))
+        examples = self.kind.features(train, tokenizer, self._max_length(dense.config))
         if self.recipe.distillation_weight and self.recipe.warm_start:
             examples.teacher_logits = logits_of(dense, examples, tokenizer)
         set_seed(self.recipe.seed)
@@ -160,8 +161,8 @@ class Run:
     def _evaluate(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
         return evaluate(model, rows.batches, self.kind.judge(rows.features, model))
 
-    def _max_length(self, model: PreTrainedModel) -> int:
-        return min(self.recipe.max_length, positions_of(model))
+    def _max_length(self, config: PreTrainedConfig) -> int:
+        return min(self.recipe.max_length, positions_of(config))
 
     def _write(self, figures: dict[str, Any]) -> dict[str, Any]:
         document = {**self.settings(), **figures, "seconds": self.seconds, "environment": environment()}
