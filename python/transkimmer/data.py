@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,45 @@ def sample_path() -> Path:
     return Path(str(resources.files("transkimmer"))) / "demo" / "sst2-dev.tsv"
 
 
-class TokenizedExamples(Dataset[dict[str, object]]):
+class Features(Dataset[dict[str, object]]):
+    """Tokenized inputs and what is wanted of a model on each, for a `Trainer` and for `padded_batches`.
+
+    Attributes:
+        columns: a model's inputs by name, per row; not padded.
+        labels: per row.
+        teacher_logits: per row, [classes] or, of the start and the end of an answer, [2, seq].
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, list[list[int]]],
+        labels: Sequence[int | float],
+        teacher_logits: Sequence[Tensor] | Tensor | None = None,
+    ) -> None:
+        self.columns = dict(columns)
+        self.labels = list(labels)
+        self.teacher_logits = teacher_logits
+
+    @property
+    def input_ids(self) -> list[list[int]]:
+        return self.columns["input_ids"]
+
+    def targets(self, index: int) -> dict[str, object]:
+        """The arguments from which a model's head computes its loss."""
+        return {"labels": self.labels[index]}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        example: dict[str, object] = {name: column[index] for name, column in self.columns.items()}
+        example |= self.targets(index)
+        if self.teacher_logits is not None:
+            example["teacher_logits"] = self.teacher_logits[index].tolist()
+        return example
+
+
+class TokenizedExamples(Features):
     """Examples with `input_ids` and `labels`, and `teacher_logits` where they are given, for a `Trainer`.
 
     Texts longer than `max_length` tokens are cut (of a pair, the longer one), and a warning says how many.
@@ -41,20 +79,8 @@ class TokenizedExamples(Dataset[dict[str, object]]):
         max_length: int = 512,
         teacher_logits: Tensor | None = None,
     ) -> None:
-        self.columns: dict[str, list[list[int]]] = dict(_tokenize(examples, tokenizer, max_length))
-        self.input_ids = self.columns["input_ids"]
-        self.labels = [example.label for example in examples]
-        self.teacher_logits = teacher_logits
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        example: dict[str, object] = {name: column[index] for name, column in self.columns.items()}
-        example["labels"] = self.labels[index]
-        if self.teacher_logits is not None:
-            example["teacher_logits"] = self.teacher_logits[index].tolist()
-        return example
+        columns = _tokenize(examples, tokenizer, max_length)
+        super().__init__(columns, [example.label for example in examples], teacher_logits)
 
 
 def _tokenize(
@@ -73,7 +99,7 @@ def _tokenize(
 
 
 def padded_batches(
-    examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, sort: bool = False
+    examples: Features, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, sort: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Batches padded to their longest example, in the order of the file or (`sort`) by length."""
     order = list(range(len(examples)))
@@ -87,7 +113,7 @@ def padded_batches(
         yield dict(batch)
 
 
-def positions_of(model: PreTrainedModel) -> int:
-    """Tokens that fit the model's position embeddings; RoBERTa's start behind the padding's."""
-    taken = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
-    return int(model.config.max_position_embeddings) - taken
+def positions_of(config: PreTrainedConfig) -> int:
+    """Tokens that fit a model's position embeddings; RoBERTa's start behind the padding's."""
+    taken = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return int(config.max_position_embeddings) - taken

@@ -20,7 +20,7 @@ from transkimmer_kernels.files import write_whole
 from ..config import SkimConfig
 from ..data import sample_path
 from ..skimming import add_skimming
-from ..tasks import TASKS
+from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 from . import show, workload
 from .timing import Row, compare
@@ -78,7 +78,7 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
     from ..demo import CLASS_NAMES, load_demo, stored_figures
 
     model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
-    sentences = read_table(sample_path(), TASKS["sst2"])
+    sentences = read_table(sample_path(), TEXT_TASKS["sst2"])
     batches = workload.demo_batches(tokenizer, arguments.batch_size or 32, arguments.batches)
     rows = compare(model, batches, arguments.repeats)
     count = sum(batch.lengths.numel() for batch in batches)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures import architecture_of, encoder_of
+from ..outputs import logits_in
 from ..skimming import remove_skimming, skimming_of
 from .plain import PackedEncoder
 from .swap import swap_encoder
@@ -37,13 +38,13 @@ def contenders(model: PreTrainedModel) -> list[Contender]:
     def ours(enabled: bool) -> Callable[[dict[str, Tensor]], Tensor]:
         def run(inputs: dict[str, Tensor]) -> Tensor:
             skimming_of(model).enabled = enabled
-            return model(**inputs).logits
+            return logits_in(model(**inputs))
 
         return run
 
     return [
-        Contender(PADDED, lambda inputs: padded(**inputs).logits),
-        Contender(PLAIN, lambda inputs: plain(**inputs).logits),
+        Contender(PADDED, lambda inputs: logits_in(padded(**inputs))),
+        Contender(PLAIN, lambda inputs: logits_in(plain(**inputs))),
         Contender(KEEP_ALL, ours(False)),
         Contender(SKIMMING, ours(True)),
     ]

@@ -21,7 +21,7 @@ from transformers import (
 
 from ..data import TokenizedExamples, padded_batches, sample_path
 from ..skimming import CONFIG_KEY
-from ..tasks import TASKS
+from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -132,7 +132,7 @@ def random_batches(lengths: Sequence[int], batch_size: int, count: int, vocabula
 
 def demo_batches(tokenizer: PreTrainedTokenizerBase, batch_size: int, count: int | None = None) -> list[Batch]:
     """The SST-2 development sentences in the order of their file, `count` batches of them, with labels."""
-    examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"]), tokenizer)
+    examples = TokenizedExamples(read_table(sample_path(), TEXT_TASKS["sst2"]), tokenizer)
     batches = []
     for inputs in padded_batches(examples, tokenizer, batch_size):
         labels = inputs.pop("labels")

@@ -28,7 +28,7 @@ from transformers import (
 from ..config import SkimConfig
 from ..data import Example, TokenizedExamples, padded_batches, sample_path
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
-from ..tasks import TASKS
+from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder, load_demo
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training import calibrate  # needs accelerate, which only training does
 
     recipe = Recipe()
-    sentences = read_table(arguments.data, TASKS["sst2"])
+    sentences = read_table(arguments.data, TEXT_TASKS["sst2"])
     random.Random(0).shuffle(sentences)
     if arguments.limit is not None:
         sentences = sentences[: recipe.held_out + arguments.limit]
@@ -213,7 +213,7 @@ def _figures(
     from ..training import evaluate_classifier
 
     figures: dict[str, Any] = {}
-    for name, sentences in (("", read_table(sample_path(), TASKS["sst2"])), ("held_out_", held_out)):
+    for name, sentences in (("", read_table(sample_path(), TEXT_TASKS["sst2"])), ("held_out_", held_out)):
         batches = padded_batches(TokenizedExamples(sentences, tokenizer), tokenizer, 64, sort=True)
         result = evaluate_classifier(model, batches)
         figures[f"{prefix}{name}accuracy"] = result.accuracy

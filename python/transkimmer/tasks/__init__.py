@@ -2,6 +2,17 @@
 
 from .metrics import METRICS, score
 from .reading import load_split
-from .table import TASKS, Task, task_named
+from .table import QUESTION_TASKS, TASKS, TEXT_TASKS, QuestionTask, Task, TextTask, task_named
 
-__all__ = ["METRICS", "TASKS", "Task", "load_split", "score", "task_named"]
+__all__ = [
+    "METRICS",
+    "QUESTION_TASKS",
+    "TASKS",
+    "TEXT_TASKS",
+    "QuestionTask",
+    "Task",
+    "TextTask",
+    "load_split",
+    "score",
+    "task_named",
+]

@@ -7,16 +7,18 @@ import lzma
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data import Example
-from .table import Task
+from .files import open_text
+from .squad import HUB_COLUMNS, questions_of_hub, read_questions
+from .table import QuestionTask, Task, TextTask
 
 
-def load_split(task: Task, split: str, folder: str | os.PathLike[str] | None = None) -> list[Example]:
-    """All rows of one split, in the order of the source.
+def load_split(task: Task, split: str, folder: str | os.PathLike[str] | None = None) -> list[Any]:
+    """All rows of one split, in the order of the source: an `Example` each, of a `QuestionTask` a `Question`.
 
     Args:
         split: "train" or "dev", for some tasks also others; `Task.files` says which.
@@ -31,10 +33,13 @@ def load_split(task: Task, split: str, folder: str | os.PathLike[str] | None = N
     if split not in task.files:
         raise ValueError(f"split {split!r}: {task.title} has {', '.join(task.files)}")
     path = _find(task, split, Path(folder))
+    if isinstance(task, QuestionTask):
+        return read_questions(path, unanswerable=task.has_unanswerable)
+    assert isinstance(task, TextTask)
     return read_folder_per_class(path, task) if path.is_dir() else read_table(path, task)
 
 
-def read_table(path: Path, task: Task) -> list[Example]:
+def read_table(path: Path, task: TextTask) -> list[Example]:
     """Reads a tab-separated, unquoted UTF-8 file, with `task.columns`; `.xz` is unpacked."""
     examples: list[Example] = []
     short = 0
@@ -63,7 +68,7 @@ def read_table(path: Path, task: Task) -> list[Example]:
     return examples
 
 
-def read_folder_per_class(path: Path, task: Task) -> list[Example]:
+def read_folder_per_class(path: Path, task: TextTask) -> list[Example]:
     """Reads a folder with a folder per class and a text (Latin-1) per file, as 20 Newsgroups is published."""
     known = task.file_labels or {}
     examples = []
@@ -77,24 +82,19 @@ def read_folder_per_class(path: Path, task: Task) -> list[Example]:
     return examples
 
 
-def open_text(path: Path) -> Any:
-    """Opens a UTF-8 text file, unpacking `.xz`; a byte order mark is skipped."""
-    unpack: Callable[..., Any] = lzma.open if path.suffix == ".xz" else open
-    return unpack(path, "rt", encoding="utf-8-sig", newline="")
-
-
 def _find(task: Task, split: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {folder}: no such folder")
     names = [name + suffix for name in task.files[split] for suffix in ("", ".xz")]
-    for parent in (folder, folder / task.title):
+    own = folder / (task.folder or task.title)
+    for parent in (folder, own):
         for name in names:
             if (parent / name).exists():
                 return parent / name
-    raise FileNotFoundError(f"--data {folder}: has none of {', '.join(names)}, nor has {folder / task.title}")
+    raise FileNotFoundError(f"--data {folder}: has none of {', '.join(names)}, nor has {own}")
 
 
-def _places(path: Path, header: list[str], task: Task) -> tuple[int, ...]:
+def _places(path: Path, header: list[str], task: TextTask) -> tuple[int, ...]:
     if not header:
         raise ValueError(f"{path}: is empty")
     missing = [column for column in task.columns if column not in header]
@@ -103,12 +103,12 @@ def _places(path: Path, header: list[str], task: Task) -> tuple[int, ...]:
     return tuple(header.index(str(column)) for column in task.columns)
 
 
-def _example(task: Task, values: list[str], place: str) -> Example:
+def _example(task: TextTask, values: list[str], place: str) -> Example:
     *texts, text_label = values
     return Example(texts[0], _label(task, text_label, task.file_labels, place), texts[1] if len(texts) > 1 else None)
 
 
-def _label(task: Task, value: Any, known: Mapping[str, int] | None, place: str) -> int | float:
+def _label(task: TextTask, value: Any, known: Mapping[str, int] | None, place: str) -> int | float:
     if task.is_regression:
         low, high = task.score_range
         try:
@@ -124,7 +124,7 @@ def _label(task: Task, value: Any, known: Mapping[str, int] | None, place: str) 
     return labels[str(value)]
 
 
-def _from_hub(task: Task, split: str) -> list[Example]:
+def _from_hub(task: Task, split: str) -> list[Any]:
     if split not in task.hub_splits:
         raise ValueError(f"split {split!r}: {task.title} has {', '.join(task.hub_splits)} on the hub")
     try:
@@ -140,16 +140,21 @@ def _from_hub(task: Task, split: str) -> list[Example]:
         raise OSError(
             f"{name}: not to be had from the hub ({error}); name a folder with its files: --data DIR"
         ) from error
-    missing = [column for column in task.hub_columns if column not in rows.column_names]
+    columns = task.hub_columns if isinstance(task, TextTask) else HUB_COLUMNS
+    missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(f"{name}: no column {', '.join(map(repr, missing))} among {rows.column_names}")
-    examples = list(_hub_examples(task, rows, name))
-    if not examples:
+    if isinstance(task, QuestionTask):
+        found: list[Any] = questions_of_hub(rows, name, unanswerable=task.has_unanswerable)
+    else:
+        assert isinstance(task, TextTask)
+        found = list(_hub_examples(task, rows, name))
+    if not found:
         raise ValueError(f"{name}: has no rows")
-    return examples
+    return found
 
 
-def _hub_examples(task: Task, rows: Any, name: str) -> Iterator[Example]:
+def _hub_examples(task: TextTask, rows: Any, name: str) -> Iterator[Example]:
     *texts, label = task.hub_columns
     for number, row in enumerate(rows):
         values = [row[column] for column in texts]

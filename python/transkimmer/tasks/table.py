@@ -6,42 +6,65 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """A text classification or regression task.
+    """What every task has.
 
     Attributes:
         name: as in `--task`.
-        title: as printed, and the name of its folder under a folder of several tasks.
+        title: as printed.
         hub: arguments of `datasets.load_dataset`.
-        hub_columns: the text columns there (one text or a pair), then the label's.
-        classes: names of the classes in the order of the hub's label numbers; empty: a number is predicted.
-        metrics: names of `METRICS`; the first is the one that is compared.
-        columns: of the official files, likewise: names in the header, or positions where the files have none.
+        metrics: names of the metrics; the first is the one that is compared.
         files: per split, names that its official file goes by (each also with `.xz`), or of a folder per class.
         hub_splits: per split, its name on the hub.
-        file_labels: class number by what the file says; None: the numbers 0, 1, ... themselves.
-        score_range: of a predicted number.
+        folder: name of its folder under a folder of several tasks; default: the title.
         padded_length: tokens that the paper pads the task to (Transkimmer, Table 2).
         paper_skim_weight: the lambda that the paper trains it with (Table 2).
-        paper_epochs: of the published scripts.
-        skips_short_rows: whether the official file is known to have a few broken rows, which are left out.
+        paper_epochs, paper_learning_rate: of the published scripts.
     """
 
     name: str
     title: str
     hub: tuple[str, ...]
-    hub_columns: tuple[str, ...]
-    classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    columns: tuple[str, ...] | tuple[int, ...]
     files: Mapping[str, tuple[str, ...]]
     hub_splits: Mapping[str, str]
-    file_labels: Mapping[str, int] | None = None
-    score_range: tuple[float, float] = (0.0, 5.0)
+    folder: str = ""
     padded_length: int = 128
     paper_skim_weight: float = 0.5
     paper_epochs: int = 3
+    paper_learning_rate: float = 2e-5
+
+    @property
+    def counted(self) -> str:
+        """What an evaluation counts its tokens over."""
+        return "rows"
+
+    @property
+    def metric(self) -> str:
+        """The metric that is compared."""
+        return self.metrics[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """A text classification or regression task.
+
+    Attributes:
+        hub_columns: the text columns on the hub (one text or a pair), then the label's.
+        classes: names of the classes in the order of the hub's label numbers; empty: a number is predicted.
+        metrics: names of `METRICS`.
+        columns: of the official files, likewise: names in the header, or positions where the files have none.
+        file_labels: class number by what the file says; None: the numbers 0, 1, ... themselves.
+        score_range: of a predicted number.
+        skips_short_rows: whether the official file is known to have a few broken rows, which are left out.
+    """
+
+    hub_columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    columns: tuple[str, ...] | tuple[int, ...]
+    file_labels: Mapping[str, int] | None = None
+    score_range: tuple[float, float] = (0.0, 5.0)
     skips_short_rows: bool = False
 
     @property
@@ -53,10 +76,24 @@ class Task:
         """Columns of the classifier's logits."""
         return len(self.classes) or 1
 
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionTask(Task):
+    """Extractive question answering: the answer to a question is a span of its passage.
+
+    Attributes:
+        has_unanswerable: whether some questions have no answer there (SQuAD v2.0).
+        max_length, doc_stride: tokens of a window on a long passage, and how many of them neighbouring windows share,
+            where nothing else is asked for.
+    """
+
+    has_unanswerable: bool
+    max_length: int = 384
+    doc_stride: int = 128
+
     @property
-    def metric(self) -> str:
-        """The metric that is compared."""
-        return self.metrics[0]
+    def counted(self) -> str:
+        return "windows"
 
 
 _GLUE = "nyu-mll/glue"
@@ -64,6 +101,7 @@ _TSV = {"train": ("train.tsv",), "dev": ("dev.tsv",)}
 _ENTAILMENT = ("entailment", "not_entailment")
 _GLUE_SPLITS = {"train": "train", "dev": "validation"}
 _TEST_IS_DEV = {"train": "train", "dev": "test"}  # no development split: the paper reports these on the test split
+_SQUAD_METRICS = ("f1", "exact_match")
 _PAIR = ("sentence1", "sentence2", "label")
 _NEWSGROUPS = (
     *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
@@ -77,10 +115,10 @@ def _numbered(names: tuple[str, ...]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-TASKS: dict[str, Task] = {
+TEXT_TASKS: dict[str, TextTask] = {
     task.name: task
     for task in (
-        Task(
+        TextTask(
             name="cola",
             title="CoLA",
             hub=(_GLUE, "cola"),
@@ -93,7 +131,7 @@ TASKS: dict[str, Task] = {
             padded_length=64,
             paper_skim_weight=0.3,
         ),
-        Task(
+        TextTask(
             name="rte",
             title="RTE",
             hub=(_GLUE, "rte"),
@@ -107,7 +145,7 @@ TASKS: dict[str, Task] = {
             padded_length=256,
             paper_skim_weight=0.8,
         ),
-        Task(
+        TextTask(
             name="qqp",
             title="QQP",
             hub=(_GLUE, "qqp"),
@@ -120,7 +158,7 @@ TASKS: dict[str, Task] = {
             skips_short_rows=True,
             paper_skim_weight=0.2,
         ),
-        Task(
+        TextTask(
             name="mrpc",
             title="MRPC",
             hub=(_GLUE, "mrpc"),
@@ -136,7 +174,7 @@ TASKS: dict[str, Task] = {
             hub_splits=_GLUE_SPLITS | {"test": "test"},
             paper_epochs=5,
         ),
-        Task(
+        TextTask(
             name="sst2",
             title="SST-2",
             hub=(_GLUE, "sst2"),
@@ -149,7 +187,7 @@ TASKS: dict[str, Task] = {
             padded_length=64,
             paper_skim_weight=0.3,
         ),
-        Task(
+        TextTask(
             name="mnli",
             title="MNLI",
             hub=(_GLUE, "mnli"),
@@ -170,7 +208,7 @@ TASKS: dict[str, Task] = {
             file_labels=_numbered(("entailment", "neutral", "contradiction")),
             paper_skim_weight=0.2,
         ),
-        Task(
+        TextTask(
             name="wnli",
             title="WNLI",
             hub=(_GLUE, "wnli"),
@@ -182,7 +220,7 @@ TASKS: dict[str, Task] = {
             hub_splits=_GLUE_SPLITS,
             paper_epochs=5,
         ),
-        Task(
+        TextTask(
             name="qnli",
             title="QNLI",
             hub=(_GLUE, "qnli"),
@@ -195,7 +233,7 @@ TASKS: dict[str, Task] = {
             file_labels=_numbered(_ENTAILMENT),
             paper_skim_weight=0.1,
         ),
-        Task(
+        TextTask(
             name="stsb",
             title="STS-B",
             hub=(_GLUE, "stsb"),
@@ -212,7 +250,7 @@ TASKS: dict[str, Task] = {
             padded_length=64,
             paper_skim_weight=0.3,
         ),
-        Task(
+        TextTask(
             name="20news",
             title="20News",
             hub=("SetFit/20_newsgroups",),
@@ -225,8 +263,9 @@ TASKS: dict[str, Task] = {
             file_labels=_numbered(_NEWSGROUPS),
             padded_length=512,
             paper_epochs=5,
+            paper_learning_rate=3e-5,
         ),
-        Task(
+        TextTask(
             name="yelp",
             title="Yelp",
             hub=("Yelp/yelp_review_full",),
@@ -243,8 +282,9 @@ TASKS: dict[str, Task] = {
             file_labels=_numbered(("1", "2", "3", "4", "5")),
             padded_length=512,
             paper_epochs=2,
+            paper_learning_rate=3e-5,
         ),
-        Task(
+        TextTask(
             name="imdb",
             title="IMDB",
             hub=("stanfordnlp/imdb",),
@@ -258,6 +298,48 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+QUESTION_TASKS: dict[str, QuestionTask] = {
+    task.name: task
+    for task in (
+        QuestionTask(
+            name="squad",
+            title="SQuAD v1.1",
+            hub=("rajpurkar/squad",),
+            metrics=_SQUAD_METRICS,
+            files={
+                "train": ("train-v1.1.json", "squad-v1.1-train.json"),
+                "dev": ("dev-v1.1.json", "squad-v1.1-dev.json"),
+            },
+            hub_splits=_GLUE_SPLITS,
+            folder="SQuAD",
+            has_unanswerable=False,
+            padded_length=384,
+            paper_skim_weight=0.8,
+            paper_epochs=5,
+            paper_learning_rate=3e-5,
+        ),
+        QuestionTask(
+            name="squad2",
+            title="SQuAD v2.0",
+            hub=("rajpurkar/squad_v2",),
+            metrics=(*_SQUAD_METRICS, "f1_answerable", "f1_unanswerable"),
+            files={
+                "train": ("train-v2.0.json", "squad-v2.0-train.json"),
+                "dev": ("dev-v2.0.json", "squad-v2.0-dev.json"),
+            },
+            hub_splits=_GLUE_SPLITS,
+            folder="SQuAD",
+            has_unanswerable=True,
+            padded_length=384,
+            paper_skim_weight=0.8,
+            paper_epochs=5,
+            paper_learning_rate=3e-5,
+        ),
+    )
+}
+
+TASKS: dict[str, Task] = {**TEXT_TASKS, **QUESTION_TASKS}
 
 
 def task_named(name: str) -> Task:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..predictor import KEEP, SKIM, SkimPredictor
 from ..skimming import skimming_of
-from .evaluation import evaluate_classifier
+from .evaluation import evaluate
 
 # Shifts of the keep-minus-skim logit that are tried: multiples of the step, up to the largest either way.
 STEP, LARGEST = 0.05, 4.0
@@ -26,7 +26,7 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
 
     Args:
         model: with trained predictors; its `SkimConfig` must decide by threshold. Changed in place.
-        batches: held-out data, with `labels`, which the choice does not depend on.
+        batches: held-out data; `labels` are not looked at.
         flops_speedup: as `SkimEvaluation` counts it.
 
     Returns:
@@ -41,7 +41,7 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
     def speedup(raised: int) -> float:
         """With the threshold raised by `raised` steps, which skims more."""
         skimming.config.threshold = 1 / (1 + math.exp(-(start + raised * STEP)))
-        return evaluate_classifier(model, batches).flops_speedup
+        return evaluate(model, batches).flops_speedup
 
     low, high = -round(LARGEST / STEP), round(LARGEST / STEP)
     try:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..flops import EncoderShape
+from ..outputs import logits_in
 from ..records import record_skimming
 from ..skimming import skimming_of
-from ..tasks.metrics import predicted, score
 from ..training_forward import decisions_without_noise
+from .judges import ClassJudge, Judge
 
 
 @dataclass
@@ -21,11 +23,11 @@ class SkimEvaluation:
     """Figures over a whole data set, ratios of sums.
 
     Attributes:
-        metrics: by name, as `transkimmer.tasks.score` gives them.
+        metrics: by name, as the judge gives them.
         tokens_kept: share of token-layers that were worked on.
         tokens_kept_by_layer: the same per layer.
         flops_speedup: dense FLOPs over skimming FLOPs, no padding counted, predictors included.
-        predictions: classes, int64 [examples], or numbers, fp32.
+        predictions: classes, int64 [examples], or numbers, fp32; answers by question; or None: nobody judged.
         lengths: int64 [examples]; layer_lengths: int64 [layers, examples]: tokens there, and worked on by each layer.
     """
 
@@ -33,7 +35,7 @@ class SkimEvaluation:
     tokens_kept: float
     tokens_kept_by_layer: list[float]
     flops_speedup: float
-    predictions: Tensor
+    predictions: Any
     lengths: Tensor = field(repr=False)
     layer_lengths: Tensor = field(repr=False)
 
@@ -53,20 +55,28 @@ def predictor_width(model: PreTrainedModel) -> int:
     return 0 if skimming is None else int(skimming.predictors[0].fc.out_features)
 
 
-@torch.no_grad()
 def evaluate_classifier(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], metrics: Sequence[str] = ("accuracy",)
 ) -> SkimEvaluation:
     """Runs a sequence classifier or regressor, dense or skimming, over `batches` with `labels`, in eval mode."""
+    return evaluate(model, batches, ClassJudge(metrics))
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], judge: Judge | None = None
+) -> SkimEvaluation:
+    """Runs a model with any head over `batches`, in eval mode; without a `judge` only costs are counted."""
     was_training = model.training
     model.eval()
-    predictions, labels, lengths, layer_lengths = [], [], [], []
+    lengths, layer_lengths = [], []
     layers = model.config.num_hidden_layers
     try:
         for batch in batches:
             with record_skimming() as records:
-                predictions.append(predicted(model(**_inputs(batch, model)).logits).cpu())
-            labels.append(batch["labels"].cpu())
+                output = model(**_inputs(batch, model))
+            if judge is not None:
+                judge.see(batch, output)
             lengths.append(batch["attention_mask"].sum(1).cpu())
             layer_lengths.append(records[0].layer_lengths if records else lengths[-1].expand(layers, -1))
     finally:
@@ -77,11 +87,11 @@ def evaluate_classifier(
     kept = all_layers.sum(1).double() / all_lengths.sum()
     shape = EncoderShape.of(model.config, predictor_width(model))
     return SkimEvaluation(
-        metrics=score(torch.cat(labels), torch.cat(predictions), metrics),
+        metrics={} if judge is None else judge.metrics(),
         tokens_kept=float(kept.mean()),
         tokens_kept_by_layer=kept.tolist(),
         flops_speedup=shape.flops_speedup(all_lengths, all_layers) if shape.predictor else 1.0,
-        predictions=torch.cat(predictions),
+        predictions=None if judge is None else judge.predictions,
         lengths=all_lengths,
         layer_lengths=all_layers,
     )
@@ -106,16 +116,16 @@ def training_forward_difference(model: PreTrainedModel, batches: Iterable[Mappin
     try:
         for batch in batches:
             inputs = _inputs(batch, model)
-            removed = model.eval()(**inputs).logits
+            removed = logits_in(model.eval()(**inputs))
             model.train()
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.eval()
             with decisions_without_noise(skimming.config.logit_threshold):
-                masked = model(**inputs).logits
+                masked = logits_in(model(**inputs))
             difference = max(difference, float((masked - removed).abs().max()))
             largest = max(largest, float(removed.abs().max()))
-            same += int((masked.argmax(-1) == removed.argmax(-1)).sum())
+            same += int((masked.argmax(-1) == removed.argmax(-1)).view(removed.size(0), -1).all(1).sum())
             total += removed.size(0)
     finally:
         skimming.config.decision = decision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from transkimmer_kernels.files import write_whole
 
@@ -22,13 +23,15 @@ from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
 from ..bench.workload import Batch
-from ..data import Example, TokenizedExamples, padded_batches, positions_of
+from ..data import positions_of
 from ..flops import EncoderShape, count_flops
-from ..loading import from_pretrained
-from ..skimming import CONFIG_KEY, skimming_of
+from ..skimming import skimming_of
 from ..tasks import TASKS, Task, load_split, task_named
-from .evaluation import evaluate_classifier, predictor_width, training_forward_difference
-from .recipe import MODEL
+from .evaluation import evaluate, predictor_width, training_forward_difference
+from .judges import Judge
+from .kinds import Kind, QuestionKind, TextKind, kind_of
+from .passages import of_different_passages, print_passages, read_passage
+from .recipe import MODEL, recipe_of
 
 SHOWN, DRAWN = 16, 8
 
@@ -39,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--max-length", type=int, help="default: 512, or the windows of SQuAD, 384")
+    parser.add_argument("--doc-stride", type=int, help="as in training")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
@@ -50,13 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed table")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="write the answer to each question, as SQuAD's own script reads them",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help=f"write {SHOWN} texts, coloured by skim layer")
     parser.add_argument("--png", type=Path, metavar="FILE", help=f"draw {DRAWN} texts, coloured by skim layer")
 
 
 def run(arguments: argparse.Namespace) -> int:
     task = task_named(arguments.task)
-    for name, least in (("batch_size", 1), ("max_length", 4), ("repeats", 0), ("threads", 1)):
+    for name, least in (("batch_size", 1), ("repeats", 0), ("threads", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -65,11 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         picture.check_matplotlib(f"--png {arguments.png}")
     folder = model_folder(arguments.model)
-    model, tokenizer = load(folder, task, arguments.kernels), AutoTokenizer.from_pretrained(folder)
+    recipe = recipe_of("dense", task, max_length=arguments.max_length, doc_stride=arguments.doc_stride)
+    kind = kind_of(task, recipe.doc_stride)
+    if arguments.answers is not None and not isinstance(kind, QuestionKind):
+        raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
+    model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     examples = load_split(task, arguments.split, arguments.data)
-    tokenized = TokenizedExamples(examples, tokenizer, min(arguments.max_length, positions_of(model)))
-    batches = list(padded_batches(tokenized, tokenizer, arguments.batch_size, sort=True))
-    figures = figures_of(model, task, batches, arguments.repeats)
+    max_length = min(recipe.max_length, positions_of(model.config))
+    rows = kind.rows(examples, tokenizer, max_length, arguments.batch_size)
+    batches, judge = rows.batches, kind.judge(rows.features, model)
+    figures = figures_of(model, task, batches, arguments.repeats, judge)
     if arguments.check_training_forward:
         figures["training_forward"] = vars(training_forward_difference(model, batches))
     text = markdown(task, arguments.split, figures)
@@ -79,10 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, json.dumps({**document, "environment": environment()}, indent=2) + "\n")
     if arguments.markdown is not None:
         write_whole(arguments.markdown, text + "\n")
+    if arguments.answers is not None:
+        write_whole(arguments.answers, json.dumps(judge.predictions, indent=2) + "\n")
     if arguments.html is not None:
-        _write_html(arguments.html, model, tokenizer, task, examples[:SHOWN])
+        _write_html(arguments.html, model, tokenizer, kind, examples, max_length)
     if arguments.png is not None:
-        _draw(arguments.png, model, tokenizer, task, examples[:DRAWN])
+        _draw(arguments.png, model, tokenizer, kind, examples, max_length)
     return 0
 
 
@@ -94,24 +111,19 @@ def model_folder(path: Path) -> Path:
     return folder
 
 
-def load(folder: Path, task: Task, kernels: str = "auto") -> PreTrainedModel:
-    """A dense or skimming model for `task`, in eval mode, on the GPU where there is one."""
-    if hasattr(AutoConfig.from_pretrained(folder), CONFIG_KEY):
-        model = from_pretrained(folder, AutoModelForSequenceClassification, kernels=kernels)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    if model.config.num_labels != task.outputs:
-        raise ValueError(f"--model {folder}: has {model.config.num_labels} outputs, {task.title} has {task.outputs}")
+def load(folder: Path, kind: Kind, kernels: str = "auto") -> PreTrainedModel:
+    """A dense or skimming model for a task of this kind, in eval mode, on the GPU where there is one."""
+    model = kind.load(folder, "--model", kernels)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model
 
 
 def figures_of(
-    model: PreTrainedModel, task: Task, batches: Sequence[dict[str, Tensor]], repeats: int
+    model: PreTrainedModel, task: Task, batches: Sequence[dict[str, Tensor]], repeats: int, judge: Judge
 ) -> dict[str, Any]:
     """Everything that is reported; the timing only with `repeats` and a skimming model."""
     with count_flops() as counted:
-        result = evaluate_classifier(model, batches, task.metrics)
+        result = evaluate(model, batches, judge)
     figures: dict[str, Any] = result.to_dict()
     if not predictor_width(model):
         return figures
@@ -187,27 +199,41 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
                 f"{found['max_difference']:.1e} of {found['max_logit']:.1f}",
             )
         )
-    lines = [f"| {task.title}, {split}, {figures['examples']} rows | |", "| --- | --- |"]
+    lines = [f"| {task.title}, {split}, {figures['examples']} {task.counted} | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _write_html(path: Path, model: PreTrainedModel, tokenizer: Any, task: Task, examples: Sequence[Example]) -> None:
+def _write_html(
+    path: Path, model: PreTrainedModel, tokenizer: Any, kind: Kind, examples: Sequence[Any], max_length: int
+) -> None:
     if not predictor_width(model):
         raise ValueError(f"--html {path}: the model does not skim")
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=150, file=nowhere)
-        texts = [(example.text, example.pair) for example in examples]
-        show.print_sentences(console, model, tokenizer, texts, task.classes or ("score",))
+        if isinstance(kind, QuestionKind):
+            questions = itertools.islice(of_different_passages(examples), SHOWN)
+            print_passages(console, model, tokenizer, kind, questions, max_length)
+        elif isinstance(kind, TextKind):
+            texts = [(example.text, example.pair) for example in examples[:SHOWN]]
+            show.print_sentences(console, model, tokenizer, texts, kind.task.classes or ("score",))
     show.save_html(console, path)
 
 
-def _draw(path: Path, model: PreTrainedModel, tokenizer: Any, task: Task, examples: Sequence[Example]) -> None:
+def _draw(
+    path: Path, model: PreTrainedModel, tokenizer: Any, kind: Kind, examples: Sequence[Any], max_length: int
+) -> None:
     if not predictor_width(model):
         raise ValueError(f"--png {path}: the model does not skim")
-    names = task.classes or ("score",)
     texts = []
-    for example in examples:
-        words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
-        if words:
+    if isinstance(kind, QuestionKind):
+        for question in itertools.islice(of_different_passages(examples), DRAWN):
+            found = read_passage(model, tokenizer, kind, question, max_length)
+            words = [(question.passage[start:end], depth) for start, end, depth in found.words]
+            marked = found.marked_words()
+            texts.append(picture.ColouredText(words, found.answer.text if found.answer else "no answer", marked))
+    elif isinstance(kind, TextKind):
+        names = kind.task.classes or ("score",)
+        for example in examples[:DRAWN]:
+            words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
             texts.append(picture.ColouredText(words, names[predicted]))
-    picture.draw(path, texts, model.config.num_hidden_layers)
+    picture.draw(path, [text for text in texts if text.words], model.config.num_hidden_layers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import SkimConfig
-from ..tasks import Task
+from ..tasks import QuestionTask, Task
 
 # Folder of a run, or of one of its stages, that holds the finished model.
 MODEL = "model"
@@ -27,6 +27,7 @@ class Recipe:
         bias_init, temperature, skim_weight, skim_attention, decision: as in `SkimConfig`.
         warmup: share of the steps over which learning rates rise.
         max_grad_norm: gradients are clipped to it; 0: not at all.
+        doc_stride: as in `QuestionWindows`; None: the task's texts are not read in windows.
         calibration: "speedup": the threshold is moved to `flops_speedup` on held-out rows; "sampled": to where it
             keeps as many tokens as draws do; "none": not at all.
         held_out: share of the training rows that only calibration sees.
@@ -47,6 +48,7 @@ class Recipe:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_length: int = 512
+    doc_stride: int | None = None
     bf16: bool = False
     bias_init: float = 3.0
     temperature: float = 1.0
@@ -67,6 +69,7 @@ class Recipe:
         for name in ("batch_size", "gradient_accumulation"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
         self._need("max_length", self.max_length >= 4, "at least 4")
+        self._need("doc_stride", self.doc_stride is None or self.doc_stride >= 0, "at least 0")
         self._need("limit", self.limit is None or self.limit >= 4, "at least 4")
         self._need("held_out", 0 < self.held_out < 1, "strictly between 0 and 1")
         self._need("skim_ramp", 0 <= self.skim_ramp <= 1, "from 0 to 1")
@@ -104,9 +107,13 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
     if mode not in MODES:
         raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}")
     own: dict[str, Any] = {}
+    if isinstance(task, QuestionTask):
+        own = {"max_length": task.max_length, "doc_stride": task.doc_stride}
+    elif given.get("doc_stride") is not None:
+        raise ValueError(f"--doc-stride {given['doc_stride']}: is for questions; {task.title} is not read in windows")
     if mode in ("paper", "published"):
-        rate = 3e-5 if task.name in ("20news", "yelp") else 2e-5
-        own = {
+        rate = task.paper_learning_rate
+        own |= {
             "warm_start": False,
             "epochs": float(task.paper_epochs),
             "learning_rate": rate,

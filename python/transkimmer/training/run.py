@@ -15,23 +15,19 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from transkimmer_kernels.files import write_whole
 
 from ..bench.command import environment
-from ..data import Example, TokenizedExamples, padded_batches, positions_of
+from ..data import Features, padded_batches, positions_of
 from ..loading import from_pretrained
+from ..outputs import logits_in
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
 from ..tasks import Task, load_split
 from .calibration import calibrate
-from .evaluation import SkimEvaluation, evaluate_classifier
+from .evaluation import SkimEvaluation, evaluate
+from .kinds import Kind, Rows, kind_of
 from .recipe import MODEL, Recipe
 from .stages import drop_checkpoints, logged, save_whole, train_stage
 
@@ -54,6 +50,10 @@ class Run:
     save_steps: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.task, self.recipe.doc_stride)
+
     def carry_out(self) -> dict[str, Any]:
         """Trains, calibrates, evaluates and writes `run.json`, which is also returned."""
         rows = load_split(self.task, "train", self.data)
@@ -61,66 +61,58 @@ class Run:
         train, held_out = hold_out(rows, self.recipe)
         tokenizer = AutoTokenizer.from_pretrained(self.dense or self.backbone)
         figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
+        # Before anything is trained, so that rows which do not fit are known early.
+        length = self._max_length(AutoConfig.from_pretrained(self.dense or self.backbone))
+        calibration = self.kind.rows(held_out, tokenizer, length, EVALUATION_BATCH)
+        judged = self.kind.rows(dev, tokenizer, length, EVALUATION_BATCH)
         dense = self._dense(train, tokenizer)
-        length = self._max_length(dense)
-        held_out_batches = _batches(held_out, tokenizer, length)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
-            dev_batches = _batches(dev, tokenizer, length)
-            figures["dense_dev"] = self._evaluate(dense, dev_batches).to_dict()
+            fitted = self.kind.fit(dense, calibration)
+            figures["dense_dev"] = self._evaluate(dense, judged).to_dict() | fitted
         if self.recipe.mode == "dense":
             save_whole(dense, tokenizer, self.output / MODEL)
         else:
             model = self._skimming(dense, train, tokenizer)
-            figures["calibration"] = self._calibrate(model, held_out_batches)
+            figures["calibration"] = self._calibrate(model, calibration)
+            set_seed(self.recipe.seed)  # a resumed run draws the same decisions, where they are drawn
+            figures["calibration"] |= self.kind.fit(model, calibration)
             setattr(model.config, CONFIG_KEY, skimming_of(model).config.to_dict())
             save_whole(model, tokenizer, self.output / MODEL)
-            figures["held_out"] = self._by_decision(model, held_out_batches)
-            figures["dev"] = self._by_decision(model, _batches(dev, tokenizer, length))
+            figures["held_out"] = self._by_decision(model, calibration)
+            figures["dev"] = self._by_decision(model, judged)
         return self._write(figures)
 
-    def _dense(self, train: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _dense(self, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model that skimming training starts from: a dense fine-tune, or the backbone as it is."""
         finished = self.dense or self.output / "dense" / MODEL
         if self.recipe.mode != "dense" and not self.recipe.warm_start:
             return self._fresh()
         if finished.is_dir():
-            model = AutoModelForSequenceClassification.from_pretrained(finished)
-            if model.config.num_labels != self.task.outputs:
-                raise ValueError(
-                    f"--dense {finished}: has {model.config.num_labels} outputs, {self.task.title} {self.task.outputs}"
-                )
-            return model.eval()
+            return self.kind.load(finished, "--dense")
         if self.dense is not None:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
         folder = self.output / "dense"
-        examples = TokenizedExamples(train, tokenizer, self._max_length(model))
+        examples = self.kind.features(train, tokenizer, self._max_length(model.config))
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=False, save_steps=self.save_steps)
         self.seconds["dense"] = time.perf_counter() - start
         save_whole(model, tokenizer, finished)
         drop_checkpoints(folder)
         # Loaded like a resumed run loads it, so that both go on from the same numbers.
-        return AutoModelForSequenceClassification.from_pretrained(finished).eval()
+        return self.kind.load(finished, "--dense")
 
     def _fresh(self) -> PreTrainedModel:
         set_seed(self.recipe.seed)
-        names = dict(enumerate(self.task.classes)) or {0: "score"}
-        return AutoModelForSequenceClassification.from_pretrained(
-            self.backbone,
-            num_labels=self.task.outputs,
-            id2label=names,
-            label2id={name: number for number, name in names.items()},
-            problem_type="regression" if self.task.is_regression else "single_label_classification",
-        )
+        return self.kind.auto_class.from_pretrained(self.backbone, **self.kind.options())
 
     def _skimming(
-        self, dense: PreTrainedModel, train: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+        self, dense: PreTrainedModel, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
         folder = self.output / "skimming"
         if (folder / MODEL).is_dir():
-            return from_pretrained(folder / MODEL, AutoModelForSequenceClassification)
-        examples = TokenizedExamples(train, tokenizer, self._max_length(dense))
+            return from_pretrained(folder / MODEL, self.kind.auto_class)
+        examples = self.kind.features(train, tokenizer, self._max_length(dense.config))
         if self.recipe.distillation_weight and self.recipe.warm_start:
             examples.teacher_logits = logits_of(dense, examples, tokenizer)
         set_seed(self.recipe.seed)
@@ -132,45 +124,45 @@ class Run:
         drop_checkpoints(folder)
         return model
 
-    def _calibrate(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    def _calibrate(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         """What was wanted, what was added to the logits, and why not, where it could not be reached."""
-        before = evaluate_classifier(model, batches).flops_speedup
+        before = evaluate(model, rows.batches).flops_speedup
         report: dict[str, Any] = {"method": self.recipe.calibration, "argmax_flops_speedup": before}
         if self.recipe.calibration == "none":
             return report
         wanted = self.recipe.flops_speedup
         if self.recipe.calibration == "sampled":
-            wanted = self._sampled(model, batches).flops_speedup
+            wanted = self._sampled(model, rows).flops_speedup
         try:
-            report |= {"flops_speedup": wanted, "shift": calibrate(model, batches, wanted)}
+            report |= {"flops_speedup": wanted, "shift": calibrate(model, rows.batches, wanted)}
         except ValueError as error:
             report["failed"] = str(error)
             print(f"not calibrated: {error}")
         return report
 
-    def _sampled(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> SkimEvaluation:
+    def _sampled(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
         config = skimming_of(model).config
         decision, config.decision = config.decision, "sample"
         set_seed(self.recipe.seed)
         try:
-            return self._evaluate(model, batches)
+            return self._evaluate(model, rows)
         finally:
             config.decision = decision
 
-    def _by_decision(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    def _by_decision(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         config = skimming_of(model).config
         decision, config.decision = config.decision, "threshold"
         try:
-            threshold = self._evaluate(model, batches)
+            threshold = self._evaluate(model, rows)
         finally:
             config.decision = decision
-        return {"threshold": threshold.to_dict(), "sample": self._sampled(model, batches).to_dict()}
+        return {"threshold": threshold.to_dict(), "sample": self._sampled(model, rows).to_dict()}
 
-    def _evaluate(self, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> SkimEvaluation:
-        return evaluate_classifier(model, batches, self.task.metrics)
+    def _evaluate(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
+        return evaluate(model, rows.batches, self.kind.judge(rows.features, model))
 
-    def _max_length(self, model: PreTrainedModel) -> int:
-        return min(self.recipe.max_length, positions_of(model))
+    def _max_length(self, config: PreTrainedConfig) -> int:
+        return min(self.recipe.max_length, positions_of(config))
 
     def _write(self, figures: dict[str, Any]) -> dict[str, Any]:
         curves = {stage: logged(self.output / stage) for stage in ("dense", "skimming")}
@@ -191,7 +183,7 @@ class Run:
         }
 
 
-def hold_out(rows: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+def hold_out(rows: Sequence[Any], recipe: Recipe) -> tuple[list[Any], list[Any]]:
     """(rows to train on, rows to calibrate on)."""
     shuffled = list(rows)
     random.Random(SPLIT_SEED).shuffle(shuffled)
@@ -203,23 +195,17 @@ def hold_out(rows: Sequence[Example], recipe: Recipe) -> tuple[list[Example], li
     return shuffled[count:], shuffled[:count]
 
 
-def _batches(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, Tensor]]:
-    tokenized = TokenizedExamples(examples, tokenizer, max_length)
-    return list(padded_batches(tokenized, tokenizer, EVALUATION_BATCH, sort=True))
-
-
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """fp32 [examples, outputs], in the order of the examples; the model is moved to the GPU where there is one."""
+def logits_of(model: PreTrainedModel, examples: Features, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """fp32 [outputs] per example, or [2, tokens] (`logits_in`), in their order; the model moves to a GPU, if any."""
     torch.nn.Module.to(model, PartialState().device if torch.cuda.is_available() else "cpu").eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
     batches = padded_batches(examples, tokenizer, EVALUATION_BATCH, sort=True)
-    logits = []
+    logits: list[Tensor] = []
     for batch in tqdm(batches, total=-(-len(order) // EVALUATION_BATCH), desc="teacher"):
         del batch["labels"]
-        logits.append(model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu())
-    restored = torch.empty(len(order), logits[0].size(1))
-    restored[torch.tensor(order)] = torch.cat(logits)
-    return restored
+        found = logits_in(model(**{key: value.to(model.device) for key, value in batch.items()})).float().cpu()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        # What is per token comes without its padding.
+        logits += [row[:, :length] if row.dim() == 2 else row for row, length in zip(found, lengths, strict=True)]
+    return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]

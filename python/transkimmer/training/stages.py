@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from ..data import TokenizedExamples
+from ..data import Features
 from .recipe import Recipe
-from .trainer import SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
+from .trainer import PaddingCollator, SkimTrainer, SkimTrainingArguments, SteadyTrainer, TrainingDiverged
 
 CHECKPOINTS = 5  # per stage; only the last is kept
 STATE = "trainer_state.json"
@@ -26,7 +26,7 @@ STATE = "trainer_state.json"
 def train_stage(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: TokenizedExamples,
+    examples: Features,
     recipe: Recipe,
     folder: Path,
     *,
@@ -44,7 +44,7 @@ def train_stage(
         model=model,
         args=_arguments(recipe, folder, skimming, save_steps),
         train_dataset=examples,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=PaddingCollator(tokenizer),
         processing_class=tokenizer,
     )
     checkpoint = last_whole_checkpoint(folder)

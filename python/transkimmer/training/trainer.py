@@ -14,15 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..outputs import logits_in
 from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
 from .curves import follow, is_logged
 
 # Column of the teacher's logits in a training batch.
 TEACHER_LOGITS = "teacher_logits"
+# A logit as good as -inf, whose softmax is 0 and which leaves no NaN in a divergence.
+NOWHERE = -1e4
 
 
 @dataclass
@@ -55,6 +65,19 @@ class SkimTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value!r}: must lie between {low} and {high}")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature={self.distillation_temperature!r}: must be > 0")
+
+
+class PaddingCollator(DataCollatorWithPadding):
+    """Pads inputs and, where they are per token, the teacher's logits, on the right."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        teacher = [torch.tensor(row.pop(TEACHER_LOGITS)) for row in features if TEACHER_LOGITS in row]
+        batch = super().__call__(features)
+        if teacher:
+            longest = max(logits.size(-1) for logits in teacher)
+            rows = [F.pad(logits, (0, longest - logits.size(-1)), value=NOWHERE) for logits in teacher]
+            batch[TEACHER_LOGITS] = torch.stack(rows)
+        return batch
 
 
 class TrainingDiverged(ValueError):
@@ -152,7 +175,9 @@ class SkimTrainer(SteadyTrainer):
             self.curves.add(self.state.global_step + 1, records[-1], outputs, weight)
         if teacher_logits is not None and model.training:
             temperature = self.args.distillation_temperature
-            loss = loss + self.args.distillation_weight * distillation_loss(outputs.logits, teacher_logits, temperature)
+            loss = loss + self.args.distillation_weight * distillation_loss(
+                logits_in(outputs), teacher_logits, temperature
+            )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -163,14 +188,16 @@ class SkimTrainer(SteadyTrainer):
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [batch, classes].
+    """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [..., classes].
+
+    The mean over whatever stands before the classes: rows, and of the places of an answer, its start and its end.
 
     With a single output, a number, it is the mean squared difference.
     """
     if logits.size(-1) == 1:
         return F.mse_loss(logits.float(), teacher_logits.float())
-    student = F.log_softmax(logits.float() / temperature, -1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
+    student = F.log_softmax(logits.float() / temperature, -1).flatten(0, -2)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, -1).flatten(0, -2)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
