@@ -1,0 +1,354 @@
+"""Accuracy against speed on real tasks: trains every configuration of a table and adds its rows to `accuracy.csv`.
+
+    python -m benchmarks.accuracy --data DATA [--tasks mrpc rte] [--modes dense corrected] [--seeds 1 2] [--minutes 60]
+    python -m benchmarks.accuracy --data DATA --plan      # what is left, and how long it may take
+    python -m benchmarks.accuracy --data DATA --time      # adds wall-clock columns where the model was kept (--keep)
+
+DATA holds a folder per task. A dense fine-tune is made once for a task and a seed; skimming trainings start from it.
+Of one skimming training there are several rows: decided by argmax, by draws, and with the threshold calibrated to every
+one of `--speedups` on held-out training rows. A call that was interrupted is given again and goes on from the last
+checkpoint; calls side by side share out the tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transkimmer.bench.results import commit, device_name
+from transkimmer.data import Example, TokenizedExamples, padded_batches, positions_of
+from transkimmer.demo.model import backbone_folder
+from transkimmer.flops import EncoderShape
+from transkimmer.skimming import skimming_of
+from transkimmer.tasks import TASKS, load_split, task_named
+from transkimmer.training.calibration import calibrate
+from transkimmer.training.evaluation import evaluate_classifier
+from transkimmer.training.evaluation_command import figures_of, load
+from transkimmer.training.output import prepare_output
+from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
+from transkimmer.training.run import Run, hold_out
+
+from transkimmer_kernels.files import write_whole
+
+from . import accuracy_rows
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/accuracy.csv"
+WORK = ROOT / ".benchmarks/accuracy"  # ignored by git
+POINTS = "points.json"
+OWN_COLUMNS = ("skim_weight", "pruned")  # settings that have a column; others are named in the column `mode`
+Batches = list[dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model to train. name: what rows call the backbone; settings: of the recipe, besides the mode's own."""
+
+    task: str
+    mode: str
+    seed: int
+    backbone: str
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        given = {"seed": self.seed, "calibration": "none", **size_settings(self.backbone, self.mode)}
+        return recipe_of(self.mode, TASKS[self.task], **given | dict(self.settings))
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the rows say of the training."""
+        skims = self.mode != "dense"
+        other = [f"{key}={value}" for key, value in self.settings if key not in OWN_COLUMNS]
+        return {
+            **{"task": self.task, "backbone": self.name, "mode": " ".join([self.mode, *other]), "seed": self.seed},
+            "skim_weight": self.recipe.skim_weight if skims else None,
+            "pruned": dict(self.settings).get("pruned", False) if skims else None,
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Below the work folder."""
+        columns = self.columns
+        parts = [columns["mode"].replace(" ", ","), f"seed{self.seed}"]
+        parts += [f"{key}={columns[key]}" for key in OWN_COLUMNS if columns[key]]
+        return Path(self.name, self.task, "-".join(parts))
+
+    @property
+    def dense(self) -> Training:
+        """The dense fine-tune that it is compared with, and that it may start from."""
+        return Training(self.task, "dense", self.seed, self.backbone, self.name)
+
+
+@functools.cache
+def size_settings(backbone: str, mode: str) -> dict[str, Any]:
+    """Settings for the backbone's size: small ones take a higher learning rate. Provisional: not compared over tasks."""
+    if AutoConfig.from_pretrained(backbone).hidden_size > 512:
+        return {}
+    if mode in ("paper", "published"):
+        return {"learning_rate": 1e-4, "epochs": 5.0}
+    return {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
+
+
+class Table:
+    """Carries out trainings and keeps their rows."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.data: Path = arguments.data
+        self.results: Path = arguments.results
+        self.work: Path = arguments.work
+        self.speedups: list[float] = sorted(arguments.speedups)
+        self.keep: bool = arguments.keep
+
+    def row_of(self, training: Training) -> accuracy_rows.Row | None:
+        """One of its rows, if it is finished: they are all written in one step."""
+        wanted = accuracy_rows.identity(training.columns)
+        rows = accuracy_rows.read(self.results)
+        return next((row for row in rows if accuracy_rows.identity(row) == wanted), None)
+
+    def finish(self, training: Training) -> None:
+        """Trains, measures and adds the rows, or what of it is left."""
+        if training.mode == "dense":
+            self._finish_dense(training)
+            return
+        dense = self.work / training.dense.folder / MODEL
+        if not dense.is_dir() or self.row_of(training.dense) is None:
+            self._finish_dense(training.dense)
+        job, document, seconds = self._carry_out(training, dense)
+        points = self._points(training, job, document)
+        row = self.row_of(training.dense)
+        assert row is not None
+        written = [{**point, "dense": row["value"], "seconds_train": seconds} for point in points]
+        write_whole(job.output / POINTS, json.dumps(written, indent=2) + "\n")
+        self._add(training, written)
+        shutil.rmtree(job.output / "skimming", ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(job.output)
+
+    def _finish_dense(self, training: Training) -> None:
+        job, document, seconds = self._carry_out(training)
+        shutil.rmtree(job.output / "dense", ignore_errors=True)
+        if self.row_of(training) is not None:  # trained again for the sake of its weights
+            return
+        model, held_out = self._loaded(job, "held_out")
+        task = job.task
+        value = document["dense_dev"]["metrics"][task.metric]
+        found = evaluate_classifier(model, held_out, task.metrics)
+        figures = {"dense": value, "value": value, "held_out_value": found.metrics[task.metric], "flops_speedup": 1.0}
+        self._add(training, [{**figures, "seconds_train": seconds}])
+
+    def _carry_out(self, training: Training, dense: Path | None = None) -> tuple[Run, dict[str, Any], float | None]:
+        """(run, its document, seconds of the training, None where it was resumed)."""
+        task, output = TASKS[training.task], self.work / training.folder
+        warm = training.recipe.warm_start and training.mode != "dense"
+        job = Run(task, training.recipe, training.backbone, output, self.data, dense if warm else None)
+        resumed = output.is_dir()
+        prepare_output(job, resume=True)
+        document = job.carry_out()
+        return job, document, None if resumed else document["seconds"].get("skimming", document["seconds"].get("dense"))
+
+    def _points(self, training: Training, job: Run, document: dict[str, Any]) -> list[dict[str, Any]]:
+        """Points of the accuracy-speed curve of one trained model, first those without calibration."""
+        metric = job.task.metric
+        model, held_out, dev = self._loaded(job, "held_out", "dev")
+        padding = _padding(model, dev, job.task.padded_length)
+        points = []
+
+        def add(decision: str, held: dict[str, Any], found: dict[str, Any], **more: Any) -> None:
+            speedup = found["flops_speedup"]
+            points.append(
+                {
+                    "decision": decision,
+                    "value": found["metrics"][metric],
+                    "held_out_value": held["metrics"][metric],
+                    "flops_speedup": speedup,
+                    "flops_speedup_padded": speedup * padding,
+                    "tokens_kept": found["tokens_kept_by_layer"],
+                    **more,
+                }
+            )
+
+        for decision, name in (("argmax", "threshold"), ("sample", "sample")):
+            add(decision, document["held_out"][name], document["dev"][name], shift=0.0)
+        skimming_of(model).config.decision = "threshold"
+        shift = 0.0
+        for wanted in self.speedups:
+            try:
+                shift += calibrate(model, held_out, wanted)
+            except ValueError as error:
+                print(f"{training.folder}: {error}", file=sys.stderr)
+                break
+            held, found = (evaluate_classifier(model, rows, job.task.metrics).to_dict() for rows in (held_out, dev))
+            add("threshold", held, found, calibrated_to=wanted, shift=shift)
+        return points
+
+    def _loaded(self, job: Run, *splits: str) -> tuple[Any, ...]:
+        """(the run's model, batches of each of `splits`)."""
+        model = load(job.output / MODEL, job.task)
+        tokenizer = AutoTokenizer.from_pretrained(job.output / MODEL)
+        rows: dict[str, Sequence[Example]] = {}
+        if "held_out" in splits:
+            rows["held_out"] = hold_out(load_split(job.task, "train", self.data), job.recipe)[1]
+        if "dev" in splits:
+            rows["dev"] = load_split(job.task, "dev", self.data)
+        length = min(job.recipe.max_length, positions_of(model))
+        batches = (TokenizedExamples(rows[split], tokenizer, length) for split in splits)
+        return model, *(list(padded_batches(tokenized, tokenizer, 64, sort=True)) for tokenized in batches)
+
+    def _add(self, training: Training, points: list[dict[str, Any]]) -> None:
+        common = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+            "metric": TASKS[training.task].metric,
+        }
+        accuracy_rows.add(self.results, [{**common, **training.columns, **point} for point in points])
+
+    def add_times(self, training: Training, repeats: int) -> None:
+        """Measures the kept model of a finished training against our dense run, in turn, point by point."""
+        folder = self.work / training.folder
+        if training.mode == "dense" or not (folder / POINTS).is_file():
+            return
+        task, written = TASKS[training.task], json.loads((folder / POINTS).read_text(encoding="utf-8"))
+        model, dev = self._loaded(Run(task, training.recipe, training.backbone, folder), "dev")
+        config = skimming_of(model).config
+        for point in written:
+            if point["decision"] != "sample" and "wall_clock_speedup" not in point:
+                config.decision = "threshold"
+                config.threshold = float(torch.sigmoid(torch.tensor(-point["shift"], dtype=torch.float64)))
+                figures = figures_of(model, task, dev, repeats)
+                point |= {name: figures[name] for name in ("wall_clock_speedup", "skim_efficiency")}
+        write_whole(folder / POINTS, json.dumps(written, indent=2) + "\n")
+        self._add(training, written)
+
+    def drop_dense(self, training: Training, left: Sequence[Training]) -> None:
+        """Removes the weights of a dense fine-tune that no training in `left` starts from."""
+        if not self.keep and all(other.dense != training.dense for other in left):
+            shutil.rmtree(self.work / training.dense.folder, ignore_errors=True)
+
+    def estimates(self, trainings: Sequence[Training]) -> list[float | None]:
+        """Seconds each of `trainings` may take, by the rate of stored rows; None where there are none to go by."""
+        rates: dict[str, list[float]] = {}
+        for row in accuracy_rows.read(self.results):
+            same = [t for t in trainings if t.task == row["task"] and t.name == row["backbone"]]
+            if row["seconds_train"] and same:
+                mode = row["mode"].split()[0]
+                training = Training(row["task"], mode, int(row["seed"]), same[0].backbone, row["backbone"])
+                rates.setdefault(row["backbone"], []).append(float(row["seconds_train"]) / self._work_of(training))
+        return [
+            statistics.median(rates[training.name]) * self._work_of(training) if training.name in rates else None
+            for training in trainings
+        ]
+
+    def _work_of(self, training: Training) -> float:
+        """Epochs times characters, to which the time of a training is roughly proportional."""
+        recipe = training.recipe
+        epochs = recipe.dense_epochs if training.mode == "dense" else recipe.epochs
+        return epochs * _characters(training.task, self.data)
+
+
+@functools.cache
+def _characters(task: str, data: Path) -> int:
+    rows = load_split(TASKS[task], "train", data)
+    return sum(len(row.text) + len(row.pair or "") for row in rows)
+
+
+def _padding(model: PreTrainedModel, batches: Batches, padded_length: int) -> float:
+    """Dense FLOPs on sequences padded to `padded_length` over dense FLOPs without padding."""
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    shape = EncoderShape.of(model.config)
+    return shape.dense_flops(lengths.clamp(min=padded_length)) / shape.dense_flops(lengths)
+
+
+def trainings_of(arguments: argparse.Namespace) -> Iterator[Training]:
+    """The table, in the order in which it is worked off: seed by seed."""
+    settings = tuple(arguments.set)
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for mode in arguments.modes:
+                own = () if mode == "dense" else settings
+                yield Training(task, mode, seed, arguments.backbone, arguments.name, own)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    if name not in {field for field in Recipe.__dataclass_fields__ if field not in ("mode", "seed")}:
+        raise argparse.ArgumentTypeError(f"{text}: {name} is no setting of a recipe")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task")
+    parser.add_argument("--backbone", help="pretrained encoder, folder or hub name; default: the installed MiniLM")
+    parser.add_argument("--name", help="what the rows call the backbone; default: the last part of --backbone")
+    parser.add_argument("--tasks", nargs="+", default=["mrpc", "stsb", "cola", "rte"], metavar="TASK")
+    parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
+    parser.add_argument("--minutes", type=float, help="start no training after so long")
+    parser.add_argument("--plan", action="store_true", help="print what is left, train nothing")
+    parser.add_argument("--keep", action="store_true", help="keep the models, for --time")
+    parser.add_argument("--time", action="store_true", help="time kept models instead of training")
+    parser.add_argument("--repeats", type=int, default=5, help="of the timing")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for models and checkpoints")
+    arguments = parser.parse_args(argv)
+    for task in arguments.tasks:
+        task_named(task)
+    if arguments.backbone is None:
+        arguments.backbone, arguments.name = str(backbone_folder()), arguments.name or "all-MiniLM-L6-v2"
+    arguments.name = arguments.name or Path(arguments.backbone).name
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    start = time.monotonic()
+    arguments = parse(argv)
+    table = Table(arguments)
+    trainings = list(trainings_of(arguments))
+    if arguments.time:
+        for training in trainings:
+            table.add_times(training, arguments.repeats)
+        return
+    left = [training for training in trainings if table.row_of(training) is None]
+    if arguments.plan:
+        for training, seconds in zip(left, table.estimates(left), strict=True):
+            print(f"{training.folder}: {'?' if seconds is None else f'about {seconds:.0f}'} s")
+        return
+    for training in list(left):
+        if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
+            print(f"{len(left)} trainings are left")
+            break
+        lock = table.work / training.name / f"{training.task}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=0):
+                if table.row_of(training) is None:
+                    table.finish(training)
+                left.remove(training)
+                table.drop_dense(training, left)
+        except Timeout:
+            print(f"{training.folder}: another process is at this task")
+
+
+if __name__ == "__main__":
+    main()
