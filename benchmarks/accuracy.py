@@ -29,17 +29,18 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transkimmer.bench.results import commit, device_name
-from transkimmer.data import Example, TokenizedExamples, padded_batches, positions_of
+from transkimmer.data import positions_of
 from transkimmer.demo.model import backbone_folder
 from transkimmer.flops import EncoderShape
 from transkimmer.skimming import skimming_of
-from transkimmer.tasks import TASKS, load_split, task_named
+from transkimmer.tasks import TEXT_TASKS, load_split
 from transkimmer.training.calibration import calibrate
-from transkimmer.training.evaluation import evaluate_classifier
+from transkimmer.training.evaluation import SkimEvaluation, evaluate
 from transkimmer.training.evaluation_command import figures_of, load
+from transkimmer.training.kinds import Rows, kind_of
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
-from transkimmer.training.run import Run, hold_out
+from transkimmer.training.run import EVALUATION_BATCH, Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
@@ -50,7 +51,6 @@ RESULTS = ROOT / "benchmarks/results/accuracy.csv"
 WORK = ROOT / ".benchmarks/accuracy"  # ignored by git
 POINTS = "points.json"
 OWN_COLUMNS = ("skim_weight", "pruned")  # settings that have a column; others are named in the column `mode`
-Batches = list[dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Training:
     @functools.cached_property
     def recipe(self) -> Recipe:
         given = {"seed": self.seed, "calibration": "none", **size_settings(self.backbone, self.mode)}
-        return recipe_of(self.mode, TASKS[self.task], **given | dict(self.settings))
+        return recipe_of(self.mode, TEXT_TASKS[self.task], **given | dict(self.settings))
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Training:
 
 @functools.cache
 def size_settings(backbone: str, mode: str) -> dict[str, Any]:
-    """Settings for the backbone's size: small ones take a higher learning rate. Provisional: not compared over tasks."""
+    """Settings for the backbone's size: small ones take a higher learning rate; provisional."""
     if AutoConfig.from_pretrained(backbone).hidden_size > 512:
         return {}
     if mode in ("paper", "published"):
@@ -147,13 +147,13 @@ class Table:
         model, held_out = self._loaded(job, "held_out")
         task = job.task
         value = document["dense_dev"]["metrics"][task.metric]
-        found = evaluate_classifier(model, held_out, task.metrics)
+        found = _judged(job, model, held_out)
         figures = {"dense": value, "value": value, "held_out_value": found.metrics[task.metric], "flops_speedup": 1.0}
         self._add(training, [{**figures, "seconds_train": seconds}])
 
     def _carry_out(self, training: Training, dense: Path | None = None) -> tuple[Run, dict[str, Any], float | None]:
         """(run, its document, seconds of the training, None where it was resumed)."""
-        task, output = TASKS[training.task], self.work / training.folder
+        task, output = TEXT_TASKS[training.task], self.work / training.folder
         warm = training.recipe.warm_start and training.mode != "dense"
         job = Run(task, training.recipe, training.backbone, output, self.data, dense if warm else None)
         resumed = output.is_dir()
@@ -165,7 +165,7 @@ class Table:
         """Points of the accuracy-speed curve of one trained model, first those without calibration."""
         metric = job.task.metric
         model, held_out, dev = self._loaded(job, "held_out", "dev")
-        padding = _padding(model, dev, job.task.padded_length)
+        padding = _padding(model, dev.batches, job.task.padded_length)
         points = []
 
         def add(decision: str, held: dict[str, Any], found: dict[str, Any], **more: Any) -> None:
@@ -188,33 +188,33 @@ class Table:
         shift = 0.0
         for wanted in self.speedups:
             try:
-                shift += calibrate(model, held_out, wanted)
+                shift += calibrate(model, held_out.batches, wanted)
             except ValueError as error:
                 print(f"{training.folder}: {error}", file=sys.stderr)
                 break
-            held, found = (evaluate_classifier(model, rows, job.task.metrics).to_dict() for rows in (held_out, dev))
+            held, found = (_judged(job, model, rows).to_dict() for rows in (held_out, dev))
             add("threshold", held, found, calibrated_to=wanted, shift=shift)
         return points
 
     def _loaded(self, job: Run, *splits: str) -> tuple[Any, ...]:
-        """(the run's model, batches of each of `splits`)."""
-        model = load(job.output / MODEL, job.task)
+        """(the run's model, each of `splits` as it reads them)."""
+        kind = kind_of(job.task)
+        model = load(job.output / MODEL, kind)
         tokenizer = AutoTokenizer.from_pretrained(job.output / MODEL)
-        rows: dict[str, Sequence[Example]] = {}
-        if "held_out" in splits:
-            rows["held_out"] = hold_out(load_split(job.task, "train", self.data), job.recipe)[1]
-        if "dev" in splits:
-            rows["dev"] = load_split(job.task, "dev", self.data)
-        length = min(job.recipe.max_length, positions_of(model))
-        batches = (TokenizedExamples(rows[split], tokenizer, length) for split in splits)
-        return model, *(list(padded_batches(tokenized, tokenizer, 64, sort=True)) for tokenized in batches)
+        length = min(job.recipe.max_length, positions_of(model.config))
+        found = []
+        for split in splits:
+            rows = load_split(job.task, "dev" if split == "dev" else "train", self.data)
+            rows = hold_out(rows, job.recipe)[1] if split == "held_out" else rows
+            found.append(kind.rows(rows, tokenizer, length, EVALUATION_BATCH))
+        return model, *found
 
     def _add(self, training: Training, points: list[dict[str, Any]]) -> None:
         common = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
             "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
-            "metric": TASKS[training.task].metric,
+            "metric": TEXT_TASKS[training.task].metric,
         }
         accuracy_rows.add(self.results, [{**common, **training.columns, **point} for point in points])
 
@@ -223,14 +223,15 @@ class Table:
         folder = self.work / training.folder
         if training.mode == "dense" or not (folder / POINTS).is_file():
             return
-        task, written = TASKS[training.task], json.loads((folder / POINTS).read_text(encoding="utf-8"))
+        task, written = TEXT_TASKS[training.task], json.loads((folder / POINTS).read_text(encoding="utf-8"))
         model, dev = self._loaded(Run(task, training.recipe, training.backbone, folder), "dev")
         config = skimming_of(model).config
         for point in written:
             if point["decision"] != "sample" and "wall_clock_speedup" not in point:
                 config.decision = "threshold"
                 config.threshold = float(torch.sigmoid(torch.tensor(-point["shift"], dtype=torch.float64)))
-                figures = figures_of(model, task, dev, repeats)
+                judge = kind_of(task).judge(dev.features, model)
+                figures = figures_of(model, task, dev.batches, repeats, judge)
                 point |= {name: figures[name] for name in ("wall_clock_speedup", "skim_efficiency")}
         write_whole(folder / POINTS, json.dumps(written, indent=2) + "\n")
         self._add(training, written)
@@ -263,11 +264,15 @@ class Table:
 
 @functools.cache
 def _characters(task: str, data: Path) -> int:
-    rows = load_split(TASKS[task], "train", data)
+    rows = load_split(TEXT_TASKS[task], "train", data)
     return sum(len(row.text) + len(row.pair or "") for row in rows)
 
 
-def _padding(model: PreTrainedModel, batches: Batches, padded_length: int) -> float:
+def _judged(job: Run, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
+    return evaluate(model, rows.batches, kind_of(job.task).judge(rows.features, model))
+
+
+def _padding(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], padded_length: int) -> float:
     """Dense FLOPs on sequences padded to `padded_length` over dense FLOPs without padding."""
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
     shape = EncoderShape.of(model.config)
@@ -299,7 +304,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task")
     parser.add_argument("--backbone", help="pretrained encoder, folder or hub name; default: the installed MiniLM")
     parser.add_argument("--name", help="what the rows call the backbone; default: the last part of --backbone")
-    parser.add_argument("--tasks", nargs="+", default=["mrpc", "stsb", "cola", "rte"], metavar="TASK")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["mrpc", "stsb", "cola", "rte"], choices=sorted(TEXT_TASKS), metavar="TASK"
+    )
     parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 2.5, 3.0])
@@ -312,8 +319,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK, help="folder for models and checkpoints")
     arguments = parser.parse_args(argv)
-    for task in arguments.tasks:
-        task_named(task)
     if arguments.backbone is None:
         arguments.backbone, arguments.name = str(backbone_folder()), arguments.name or "all-MiniLM-L6-v2"
     arguments.name = arguments.name or Path(arguments.backbone).name

@@ -35,7 +35,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(accuracy, "size_settings", lambda backbone, mode: QUICK)
     places = {"--data": "data", "--backbone": "tiny", "--results": "accuracy.csv", "--work": "work"}
     named = [part for option, place in places.items() for part in (option, str(tmp_path / place))]
-    return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "0.9", "99"]
+    return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "0.8", "99"]
 
 
 def test_every_training_gives_its_rows_and_leaves_nothing_else(
@@ -54,7 +54,7 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
         ("dense", "", ""),
         ("corrected", "argmax", ""),
         ("corrected", "sample", ""),
-        ("corrected", "threshold", "0.9"),
+        ("corrected", "threshold", "0.8"),
     ]
     assert all(row["metric"] == "accuracy" and row["dense"] == rows[0]["value"] for row in rows)
     for row in rows[1:]:
@@ -80,7 +80,7 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
     def counted(self: SteadyTrainer, *args: object, **kwargs: object) -> torch.Tensor:
         stage, number = Path(self.args.output_dir).name, self.state.global_step
         steps.append((stage, number))
-        if (stage, number) == ("skimming", 5) and len(steps) < 20:
+        if steps.count(("skimming", 5)) == 1 and (stage, number) == ("skimming", 5):
             raise _Killed
         return step(self, *args, **kwargs)
 
@@ -95,9 +95,8 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
     assert steps[first:] == [("skimming", number) for number in range(4, 10)]
     rows = accuracy_rows.read(tmp_path / "accuracy.csv")
     assert {(row["mode"], row["skim_weight"]) for row in rows[1:]} == {("corrected temperature=0.5", "3")}
-    assert all(
-        row["wall_clock_speedup"] == row["seconds_train"] == "" for row in rows[1:]
-    )  # two parts: no time of its own
+    # Trained in two parts, it has no time of its own.
+    assert all(row["wall_clock_speedup"] == row["seconds_train"] == "" for row in rows[1:])
     accuracy.main([*arguments, "--time", "--repeats", "1"])
     timed = accuracy_rows.read(tmp_path / "accuracy.csv")
     assert [float(row["wall_clock_speedup"]) > 0 for row in timed if row["decision"] in ("argmax", "threshold")] == [
