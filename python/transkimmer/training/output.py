@@ -7,7 +7,9 @@ import os
 import tempfile
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from transkimmer_kernels.files import write_whole
 
@@ -16,12 +18,26 @@ from .run import SETTINGS, Run
 
 
 def prepare_output(job: Run, resume: bool) -> None:
-    """Makes the output folder, and sees to it that it holds this run or none.
+    """Makes the output folder, and sees to it that it holds this run or none; of several processes the main one does.
 
-    Raises:
+    Raises in every process:
         ValueError: it holds a run and `resume` is False, or a run with other settings.
         OSError: it cannot be written.
     """
+    state = PartialState(cpu=not torch.cuda.is_available())  # on a CPU it counts processes only when told so
+    problem: list[Exception | None] = [None]
+    if state.is_main_process:
+        try:
+            _prepare(job, resume)
+        except (OSError, ValueError) as error:
+            problem = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+
+
+def _prepare(job: Run, resume: bool) -> None:
     settings = json.loads(json.dumps(job.settings()))
     saved = job.output / SETTINGS
     if saved.is_file():
@@ -35,8 +51,7 @@ def prepare_output(job: Run, resume: bool) -> None:
         job.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=job.output):
             pass  # fails here rather than after an hour
-        if PartialState().is_main_process:
-            write_whole(saved, json.dumps(settings, indent=2) + "\n")
+        write_whole(saved, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise OSError(f"--output {job.output}: cannot be written: {os.strerror(error.errno or 0)}") from error
 
