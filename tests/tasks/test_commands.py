@@ -161,3 +161,28 @@ def test_recipes() -> None:
     for option, value in (("epochs", 0.0), ("batch_size", 0), ("held_out", 1.0), ("calibration", "guess")):
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: must be"):
             recipe_of("corrected", TASKS["rte"], **{option: value})
+
+
+def test_what_failed_before_it_trained_leaves_its_folder_free(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(backbone, tmp_path / "missing", tmp_path / "run") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert train(backbone, data, tmp_path / "run", "--limit", "8", "--mode", "dense", "--dense-epochs", "1") == 0
+
+
+def test_a_place_to_write_to_is_looked_at_first(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--model", str(backbone), "--task", "sst2", "--data", str(data)]
+    for option, path in (("--json", tmp_path / "missing/a.json"), ("--html", tmp_path)):
+        assert main([*evaluate, option, str(path)]) == 2
+        found = capsys.readouterr()
+        assert f"{option} {path}: must be a file in a folder that exists" in found.err and not found.out
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_bytes(b"sen\xc8\x00tence\tlabel\n")
+    assert train(backbone, tmp_path, tmp_path / "run") == 2
+    assert f"{tmp_path / 'train.tsv'}, after line 0: 'utf-8' codec" in capsys.readouterr().err

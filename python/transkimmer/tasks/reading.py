@@ -46,10 +46,10 @@ def read_table(path: Path, task: TextTask) -> list[Example]:
     with open_text(path) as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header, number, places = 0, 0, task.columns
-        if isinstance(places[0], str):
-            header, places = 1, _places(path, next(rows, []), task)
-        needed = max(int(place) for place in places) + 1
         try:
+            if isinstance(places[0], str):
+                header, places = 1, _places(path, next(rows, []), task)
+            needed = max(int(place) for place in places) + 1
             for number, row in enumerate(rows, start=header + 1):
                 if len(row) >= needed:
                     examples.append(_example(task, [row[int(p)] for p in places], f"{path}, line {number}"))

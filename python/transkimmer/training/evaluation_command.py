@@ -70,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name in ("json", "markdown", "answers", "html", "png"):
+        path = getattr(arguments, name)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.png is not None:

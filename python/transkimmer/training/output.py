@@ -40,7 +40,7 @@ def prepare_output(job: Run, resume: bool) -> None:
 def _prepare(job: Run, resume: bool) -> None:
     settings = json.loads(json.dumps(job.settings()))
     saved = job.output / SETTINGS
-    if saved.is_file():
+    if saved.is_file() and any(path != saved for path in job.output.iterdir()):  # else it failed before it trained
         former = json.loads(saved.read_text(encoding="utf-8"))
         if not resume:
             raise ValueError(f"--output {job.output}: holds a run already; go on with --resume, or take another folder")
