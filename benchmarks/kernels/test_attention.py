@@ -78,7 +78,8 @@ def padded_sdpa(lengths: tuple[int, ...]) -> Contender:
 
 
 def _never(kwargs: Kwargs) -> Call:
-    raise NotImplementedError
+    """Stands in for `prepare` where a contender is absent, with the reason in its row; nobody calls it."""
+    raise AssertionError("an absent contender was prepared")
 
 
 CONTENDERS: dict[str, Callable[[tuple[int, ...]], Contender]] = {
