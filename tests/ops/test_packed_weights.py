@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,3 +123,25 @@ def test_choice_of_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSKIMMER_CPU_PRODUCTS", "best")
     with pytest.raises(ValueError, match=r"^TRANSKIMMER_CPU_PRODUCTS='best': must be one of panels, onednn, plain"):
         choose(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_forms_are_timed_where_none_was_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    choose = cpu_products.choose_form.__wrapped__
+    monkeypatch.delenv("TRANSKIMMER_CPU_PRODUCTS", raising=False)
+    offered = [form for form in FORMS if cpu_products._offers(form, dtype)]
+    sleepy = set(offered)
+
+    def products(dtype: torch.dtype, form: str) -> Callable[[], None]:
+        return lambda: time.sleep(0.02 if form in sleepy else 0)
+
+    monkeypatch.setattr(cpu_products, "_MEASURED", {})
+    with monkeypatch.context() as timed:
+        timed.setattr(cpu_products, "_products", products)
+        for fastest in offered:
+            sleepy = set(offered) - {fastest}
+            assert choose(dtype) == fastest
+    assert choose(dtype) in offered  # real products
+    monkeypatch.setattr(cpu_products, "_MEASURED", {(cpu_products.instruction_set(), dtype): ("plain",)})
+    monkeypatch.setattr(cpu_products, "faster_form", None)  # is not asked
+    assert choose(dtype) == "plain"
