@@ -35,7 +35,7 @@ from transkimmer.flops import EncoderShape
 from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TEXT_TASKS, load_split
 from transkimmer.training.calibration import calibrate
-from transkimmer.training.evaluation import SkimEvaluation, evaluate
+from transkimmer.training.evaluation import SkimEvaluation, evaluate, training_forward_difference
 from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import Rows, kind_of
 from transkimmer.training.output import prepare_output
@@ -182,8 +182,15 @@ class Table:
                 }
             )
 
+        forward = training_forward_difference(model, dev.batches, kind_of(job.task).judge(dev.features, model))
+        apart = {
+            "forward_value": forward.metrics[metric],
+            "forward_agreement": forward.agreement,
+            "forward_difference": forward.max_difference / forward.max_logit,
+        }
         for decision, name in (("argmax", "threshold"), ("sample", "sample")):
-            add(decision, document["held_out"][name], document["dev"][name], shift=0.0)
+            own = apart if decision == "argmax" else {}
+            add(decision, document["held_out"][name], document["dev"][name], shift=0.0, **own)
         skimming_of(model).config.decision = "threshold"
         shift = 0.0
         for wanted in self.speedups:

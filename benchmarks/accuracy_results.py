@@ -63,11 +63,12 @@ _COLUMNS: dict[str, tuple[Callable[[str], Any], str, bool]] = {
     **dict.fromkeys(("skim_weight", "calibrated_to", "seconds_train"), (_number, "a finite number", True)),
     "pruned": (_flag, "True or False", True),
     "value": (_score, "a number from -1 to 1", False),
-    **dict.fromkeys(("dense", "held_out_value"), (_score, "a number from -1 to 1", True)),
+    **dict.fromkeys(("dense", "held_out_value", "forward_value"), (_score, "a number from -1 to 1", True)),
     "flops_speedup": (_speedup, "a number > 0", False),
     **dict.fromkeys(
         ("flops_speedup_padded", "wall_clock_speedup", "skim_efficiency"), (_speedup, "a number > 0", True)
     ),
+    **dict.fromkeys(("forward_agreement", "forward_difference"), (_number, "a finite number", True)),
     "tokens_kept": (_shares, "a JSON list of shares from 0 to 1", True),
 }
 

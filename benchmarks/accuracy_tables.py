@@ -11,6 +11,14 @@ from .model_tables import NOTHING, head, line
 UNMEASURED = "Not measured yet: there is no row in `benchmarks/results/accuracy.csv`."
 _HEADS = ("training", "λ", "decision", "dev", "− dense", "held out", "FLOPs ×", "padded ×", "tokens kept")
 _HEADS += ("wall-clock ×", "**skim efficiency**", "seeds")
+_FORWARD_HEADS = (
+    "training",
+    "dev, tokens removed",
+    "dev, training forward",
+    "same prediction",
+    "largest difference",
+    "seeds",
+)
 
 
 def page(rows: Sequence[accuracy_results.Row]) -> str:
@@ -28,20 +36,39 @@ def page(rows: Sequence[accuracy_results.Row]) -> str:
         "calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed). `− dense` is",
         "the difference, in points, from the dense fine-tune of the same seed. FLOPs count predictors, and no",
         "padding; `padded ×` is over a dense run padded to the paper's lengths. `argmax` is the threshold 0.5 as",
-        "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows.",
+        "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows. A task's",
+        "second table compares removal, at the threshold as trained, with the training forward without its noise; the",
+        "largest difference is that of a logit, over the largest logit.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):
         parts += [f"![{figure.title}](plots/{figure.path.name})", ""]
     found = accuracy_results.configurations(rows)
     for (task, backbone, metric), group in accuracy_results.panels(found).items():
-        parts += [f"## {task}, {backbone}: {metric}", "", *lines(group), "", _where(group), ""]
+        parts += [f"## {task}, {backbone}: {metric}", "", *lines(group), "", *forward_lines(group), _where(group), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def lines(group: Sequence[Configuration]) -> list[str]:
     """The table of one task, backbone and metric."""
     return [*head(_HEADS), *(line(_cells(configuration)) for configuration in group)]
+
+
+def forward_lines(group: Sequence[Configuration]) -> list[str]:
+    """Its table of training forward and removal, at the threshold as trained; none where that was not compared."""
+    compared = [found for found in group if found.mean("forward_value") is not None]
+    rows = [
+        [
+            found.training,
+            percent(found.mean("value")),
+            percent(found.mean("forward_value")),
+            percent(found.mean("forward_agreement")),
+            NOTHING if (apart := found.mean("forward_difference")) is None else f"{apart.value:.1e}",
+            str(len(found.rows)),
+        ]
+        for found in compared
+    ]
+    return [*head(_FORWARD_HEADS), *(line(row) for row in rows), ""] if rows else []
 
 
 def _cells(found: Configuration) -> list[str]:

@@ -14,6 +14,7 @@ COLUMNS = (
     *("date", "commit", "device", "task", "backbone", "mode", "seed", "skim_weight", "pruned", "decision"),
     *("calibrated_to", "metric", "dense", "value", "held_out_value", "flops_speedup", "flops_speedup_padded"),
     *("wall_clock_speedup", "skim_efficiency", "tokens_kept", "seconds_train"),
+    *("forward_value", "forward_agreement", "forward_difference"),
 )
 
 
@@ -29,7 +30,8 @@ ROWS = [
     row(),
     row(seed=2, dense=0.64, value=0.64, flops_speedup=2.06, wall_clock_speedup=1.9, skim_efficiency=0.95),
     row(seed=2, date="2025-01-01", value=0.1),  # superseded
-    row(decision="argmax", calibrated_to="", value=0.61, flops_speedup=1.5, tokens_kept="[1.0, 0.9, 0.4]"),
+    row(decision="argmax", calibrated_to="", value=0.61, flops_speedup=1.5, tokens_kept="[1.0, 0.9, 0.4]")
+    | dict(forward_value=0.63, forward_agreement=0.985, forward_difference=2.5e-7),
     row(mode="published", decision="sample", calibrated_to="", value=0.53, flops_speedup=1.2, skim_weight=0.8),
     row(mode="dense", skim_weight="", pruned="", decision="", calibrated_to="", value=0.62, flops_speedup=1.0)
     | dict(flops_speedup_padded="", tokens_kept=""),
@@ -71,6 +73,7 @@ def test_the_page(rows: list[accuracy_results.Row]) -> None:
     )
     assert f"{cells} 53.3% | 1.90 | **0.95** | 2 |" in page
     assert "| published | 0.8 | sample | 53.00 | -9.00 | 58.00 | 1.20 | 8.50 | 53.3% | – | – | 1 |" in page
+    assert "| corrected | 61.00 | 63.00 | 98.50 | 2.5e-07 | 1 |" in page and page.count("training forward |") == 1
     assert "## mrpc, MiniLM: f1" in page and "](plots/accuracy-trade-off.svg)" in page
     assert "On cpu-x; commit aaa." in page
 

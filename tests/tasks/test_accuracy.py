@@ -57,6 +57,8 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
         ("corrected", "threshold", "0.8"),
     ]
     assert all(row["metric"] == "accuracy" and row["dense"] == rows[0]["value"] for row in rows)
+    assert [row["forward_value"] == row["value"] for row in rows if row["forward_value"]] == [True]
+    assert 0 < float(rows[1]["forward_difference"]) < 1e-4 and float(rows[1]["forward_agreement"]) == 1
     for row in rows[1:]:
         kept = json.loads(row["tokens_kept"])
         assert len(kept) == 3 and all(0 < share <= 1 for share in kept)
@@ -124,7 +126,7 @@ def test_the_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
     first, second = accuracy_rows.read(path)
     assert (first["value"], second["value"], second["tokens_kept"]) == ("0.5", "0.333333", "[1.0, 0.1235]")
     path.write_text(path.read_text(encoding="utf-8") + "half a row,\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 4: has 2 values, must have 21"):
+    with pytest.raises(ValueError, match="line 4: has 2 values, must have 24"):
         accuracy_rows.read(path)
 
 

@@ -75,6 +75,7 @@ def test_a_run_from_start_to_finish(
     assert found["metrics"] == document["dev"]["threshold"]["metrics"]
     assert found["flops_speedup"] == pytest.approx(document["dev"]["threshold"]["flops_speedup"])
     assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
+    assert found["training_forward"]["metrics"] == found["metrics"] and found["training_forward"]["agreement"] == 1
     assert found["counted_flops"] == found["executed_flops"] > 0
     assert found["padded_flops_speedup"] > found["flops_speedup"]
     assert found["wall_clock_speedup"] > 0

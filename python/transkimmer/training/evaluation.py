@@ -99,38 +99,57 @@ def evaluate(
 
 @dataclass
 class ForwardDifference:
-    """How far training and inference lie apart: largest difference of a logit, largest logit, share of same classes."""
+    """How far the training forward and removal lie apart.
+
+    Attributes:
+        max_difference, max_logit: largest difference of a logit, and largest logit.
+        agreement: share of rows with the same class, or classes; None where the output is a number.
+        metrics: of the training forward, as the judge gives them.
+    """
 
     max_difference: float
     max_logit: float
-    agreement: float
+    agreement: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def training_forward_difference(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> ForwardDifference:
+def training_forward_difference(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], judge: Judge | None = None
+) -> ForwardDifference:
     """Compares logits of the training forward, its noise and dropout off, with those of real removal."""
     skimming = skimming_of(model)
     was_training, decision = model.training, skimming.config.decision
     skimming.config.decision = "threshold"
-    difference, largest, same, total = 0.0, 0.0, 0, 0
+    difference, largest, same, total, outputs = 0.0, 0.0, 0, 0, 0
     try:
         for batch in batches:
             inputs = _inputs(batch, model)
             removed = logits_in(model.eval()(**inputs))
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
-            with decisions_without_noise(skimming.config.logit_threshold):
-                masked = logits_in(model(**inputs))
+            output = _training_forward(model, inputs)
+            if judge is not None:
+                judge.see(batch, output)
+            masked = logits_in(output)
             difference = max(difference, float((masked - removed).abs().max()))
             largest = max(largest, float(removed.abs().max()))
             same += int((masked.argmax(-1) == removed.argmax(-1)).view(removed.size(0), -1).all(1).sum())
             total += removed.size(0)
+            outputs = removed.size(-1)
     finally:
         skimming.config.decision = decision
         model.train(was_training)
-    return ForwardDifference(difference, largest, same / max(total, 1))
+    agreement = None if outputs == 1 else same / max(total, 1)
+    return ForwardDifference(difference, largest, agreement, {} if judge is None else judge.metrics())
+
+
+def _training_forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
+    """Deterministic; leaves the model in training mode."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    with decisions_without_noise(skimming_of(model).config.logit_threshold):
+        return model(**inputs)
 
 
 def _inputs(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     batches, judge = rows.batches, kind.judge(rows.features, model)
     figures = figures_of(model, task, batches, arguments.repeats, judge)
     if arguments.check_training_forward:
-        figures["training_forward"] = vars(training_forward_difference(model, batches))
+        again = kind.judge(rows.features, model)
+        figures["training_forward"] = vars(training_forward_difference(model, batches, again))
     text = markdown(task, arguments.split, figures)
     print(text)
     if arguments.json is not None:
@@ -197,6 +198,9 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
         rows.append(("tokens kept by layer", by_layer))
     if "training_forward" in figures:
         found = figures["training_forward"]
+        rows += [(f"{name} in the training forward", f"{value:.4f}") for name, value in found["metrics"].items()]
+        if found["agreement"] is not None:
+            rows.append(("same prediction in the training forward", f"{found['agreement']:.2%}"))
         rows.append(
             (
                 "largest difference of a logit, training forward and removal",
