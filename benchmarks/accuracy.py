@@ -96,12 +96,13 @@ class Training:
 
 @functools.cache
 def size_settings(backbone: str, mode: str) -> dict[str, Any]:
-    """Settings for the backbone's size: small ones take a higher learning rate; provisional."""
+    """Settings for the backbone's size: small ones take higher learning rates (docs/training.md)."""
     if AutoConfig.from_pretrained(backbone).hidden_size > 512:
         return {}
     if mode in ("paper", "published"):
         return {"learning_rate": 1e-4, "epochs": 5.0}
-    return {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
+    dense = {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
+    return dense if mode == "dense" else {**dense, "learning_rate": 5e-5, "epochs": 4.0}
 
 
 class Table:
