@@ -30,7 +30,8 @@ class SkimRecord:
         layer_slots: per layer, int32 [capacity]: places in the flattened input that the layer worked on.
         layer_cu_seqlens: per layer, int32 [sequences + 1]; the last entry is how many of `layer_slots` are valid.
         skim_loss: in training, the mean share of real tokens that the layers worked on (Eq. 6), differentiable.
-        logits: in training, per layer, the predictors' logits fp32 [real tokens], detached.
+        logits: in training, per layer, the predictors' logits fp32 [real tokens], detached; in pruned training NaN at
+            tokens that were removed before the layer.
     """
 
     shape: tuple[int, int]
