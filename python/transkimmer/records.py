@@ -64,6 +64,19 @@ class SkimRecord:
         """fp64 [layers]: share of the real tokens that each layer worked on."""
         return self.layer_lengths.sum(1).double() / self.lengths.sum().clamp(min=1)
 
+    @property
+    def first_tokens(self) -> Tensor:
+        """bool [real tokens]: the first one of each sequence, which is never scored."""
+        total = int(self.cu_seqlens[-1])
+        first = torch.zeros(total + 1, dtype=torch.bool, device=self.cu_seqlens.device)
+        first[self.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
+        return first[:total]
+
+    def scored_logits(self, layer: int) -> Tensor:
+        """fp32 [tokens]: of those that the layer's predictor decided about: not first, and not gone by then."""
+        logit = self.logits[layer]
+        return logit[~(self.first_tokens | logit.isnan())]
+
 
 @contextmanager
 def record_skimming() -> Iterator[list[SkimRecord]]:

@@ -73,8 +73,7 @@ class SkimCurves:
         """Keep-minus-skim logits fp32 [tokens] per layer, on the host, of the tokens that were decided about."""
         layers = len(self.records[0].logits) if self.records else 0
         return [
-            torch.cat([scored_logits(record, layer) for record in self.records]).float().cpu()
-            for layer in range(layers)
+            torch.cat([record.scored_logits(layer) for record in self.records]).float().cpu() for layer in range(layers)
         ]
 
 
@@ -87,31 +86,17 @@ def follow(trainer: Trainer) -> SkimCurves:
     return curves
 
 
-def scored_logits(record: SkimRecord, layer: int) -> Tensor:
-    """fp32 [tokens]: of tokens that the predictor decided about: no first ones, and none that were gone by then."""
-    logit = record.logits[layer]
-    return logit[~(_first_tokens(record) | logit.isnan())]
-
-
 def kept_by_threshold(record: SkimRecord, logit_threshold: float) -> Tensor:
     """int64 [layers]: real tokens that every predictor up to the layer's keeps at `logit_threshold`.
 
     It takes logits of every token: those of one that a draw has removed, a threshold might have kept.
     """
-    keep = (torch.stack(record.logits) >= logit_threshold) | _first_tokens(record)  # [layers, tokens]
+    keep = (torch.stack(record.logits) >= logit_threshold) | record.first_tokens  # [layers, tokens]
     return keep.int().cumprod(0).sum(1).cpu()
 
 
 def _scores_every_token(record: SkimRecord) -> bool:
     return bool(record.logits) and not any(bool(logit.isnan().any()) for logit in record.logits)
-
-
-def _first_tokens(record: SkimRecord) -> Tensor:
-    """bool [real tokens]"""
-    total = int(record.cu_seqlens[-1])
-    first = torch.zeros(total + 1, dtype=torch.bool, device=record.cu_seqlens.device)
-    first[record.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
-    return first[:total]
 
 
 class LogitHistograms(TrainerCallback):
