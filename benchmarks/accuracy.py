@@ -50,7 +50,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
 WORK = ROOT / ".benchmarks/accuracy"  # ignored by git
 POINTS = "points.json"
-OWN_COLUMNS = ("skim_weight", "pruned")  # settings that have a column; others are named in the column `mode`
+# Settings that have a column of their own; others are named in the column `mode`.
+OWN_COLUMNS = {"skim_weight": "skim_weight", "pruned_training": "pruned"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ class Training:
         other = [f"{key}={value}" for key, value in self.settings if key not in OWN_COLUMNS]
         return {
             **{"task": self.task, "backbone": self.name, "mode": " ".join([self.mode, *other]), "seed": self.seed},
-            "skim_weight": self.recipe.skim_weight if skims else None,
-            "pruned": dict(self.settings).get("pruned", False) if skims else None,
+            **{column: getattr(self.recipe, key) if skims else None for key, column in OWN_COLUMNS.items()},
         }
 
     @property
@@ -85,7 +85,7 @@ class Training:
         """Below the work folder."""
         columns = self.columns
         parts = [columns["mode"].replace(" ", ","), f"seed{self.seed}"]
-        parts += [f"{key}={columns[key]}" for key in OWN_COLUMNS if columns[key]]
+        parts += [f"{column}={columns[column]}" for column in OWN_COLUMNS.values() if columns[column]]
         return Path(self.name, self.task, "-".join(parts))
 
     @property

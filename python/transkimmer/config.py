@@ -26,6 +26,9 @@ class SkimConfig:
         threshold: keep probability from which a token is kept, strictly between 0 and 1.
         skim_attention: in training, "renormalized" puts the keep weight inside the softmax, so that training computes
             what removal computes; "published" multiplies the attention probabilities, as the published code does.
+        pruned_training: removes skimmed tokens in training, too, after the layer that skims them: the same values for
+            less work, but later layers no longer tell a decision what it has cost. Not with "published" attention,
+            where skimmed tokens count in the softmax to the end.
         schedule: synthetic: the share of a sequence's tokens that each layer works on, instead of the predictors'
             decisions; they still run, so that the time is that of a trained model with these keep ratios.
     """
@@ -37,6 +40,7 @@ class SkimConfig:
     decision: str = "threshold"
     threshold: float = 0.5
     skim_attention: str = "renormalized"
+    pruned_training: bool = False
     schedule: list[float] | None = None
 
     # Of the model that the configuration belongs to; set by `add_skimming`.
@@ -47,12 +51,22 @@ class SkimConfig:
         if name not in _RANGES:
             raise AttributeError(f"SkimConfig.{name}: unknown field; known are {sorted(_fields())}")
         _check_field(name, value, self._layers)
+        self._check_together(name, value)
         object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """Raises ValueError naming the first field that is out of range."""
         for name in _fields():
             _check_field(name, getattr(self, name), self._layers)
+
+    def _check_together(self, name: str, value: Any) -> None:
+        """ValueError if `value`, which field `name` is about to take, does not go with the other fields."""
+        both = {"pruned_training": self.pruned_training, "skim_attention": self.skim_attention} | {name: value}
+        if both["pruned_training"] and both["skim_attention"] == "published":
+            raise ValueError(
+                f"SkimConfig.{name}={value!r}: pruned_training=True does not go with skim_attention='published', where "
+                "skimmed tokens count in the softmax to the end; it must be 'renormalized'"
+            )
 
     def bind(self, layers: int | None) -> None:
         """From now on a schedule must have a ratio for each of `layers` layers; ValueError where it has not.
@@ -113,5 +127,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "decision": (lambda x: x in DECISIONS, f"one of {DECISIONS}"),
     "threshold": (lambda x: _is_finite(x) and 0 < x < 1, "strictly between 0 and 1"),
     "skim_attention": (lambda x: x in ATTENTIONS, f"one of {ATTENTIONS}"),
+    "pruned_training": (lambda x: type(x) is bool, "True or False"),
     "schedule": (lambda x: x is None or _is_schedule(x), "None or numbers from 0 to 1"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from transkimmer_kernels import Ragged, kernel_set
+from transkimmer_kernels import KernelSet, Ragged, kernel_set
 from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 
 from .architectures import ARCHITECTURES, Architecture, get
 from .config import SkimConfig
 from .policies import PredictorPolicy, SchedulePolicy
 from .records import SkimRecord, current_records, leave_skim_loss
-from .training_forward import PackedSequences, train_encoder
+from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder
 from .weights import WeightCache
 
 # Under this attention name Hugging Face hands the 2-D padding mask to the encoder as it is.
@@ -136,30 +137,38 @@ class SkimmingEncoder(nn.Module):
         first[batch.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
         longest = int(batch.cu_seqlens.diff().max()) if batch.batch else 0
         sequences = PackedSequences(batch.cu_seqlens, longest, first[:count])
-        result = train_encoder(
-            batch.hidden[rows],
-            sequences,
+        encoder = TrainingEncoder(
             architecture.layers(self),
             list(self.skim_predictors) if self.skim_enabled else None,
             architecture,
             self.skim_config,
             self.skim_model_config.num_attention_heads,
             kernels,
+            self.skim_first_token_only,
         )
+        result = encoder.run(batch.hidden[rows], sequences)
         if count and self.skim_enabled:
-            record.skim_loss = torch.stack([keep.mean() for keep in result.keep]).mean()
+            # Tokens that were removed before a layer count as what they are there: skimmed.
+            record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
         leave_skim_loss(record.skim_loss)
         if current_records() is not None:
-            record.logits = [logit.detach() for logit in result.logits]
-            for keep in result.keep:
-                slots, cu_seqlens = kernels.compact(
-                    keep.detach() > 0.5, batch.slots[:count].contiguous(), batch.cu_seqlens, False
-                )
-                record.layer_slots.append(slots)
-                record.layer_cu_seqlens.append(cu_seqlens)
+            _note(result.layers, batch, record, kernels)
         output = batch.hidden.to(result.hidden.dtype).index_copy(0, rows, result.hidden)
         _show_first_token_in_front(output, mask)
         return output
+
+
+def _note(layers: Sequence[LayerDecisions], batch: Ragged, record: SkimRecord, kernels: KernelSet) -> None:
+    """Puts into `record` what a training forward decided on the tokens of `batch`."""
+    for decided in layers:
+        present = batch.slots.index_select(0, decided.places)
+        slots, cu_seqlens = kernels.compact(decided.keep.detach() > 0.5, present, decided.cu_seqlens, False)
+        record.layer_slots.append(slots)
+        record.layer_cu_seqlens.append(cu_seqlens)
+        if decided.logit is not None:
+            logit = decided.logit.detach()
+            everybody = logit.new_full((layers[0].places.numel(),), torch.nan)
+            record.logits.append(everybody.index_copy(0, decided.places.long(), logit))
 
 
 class _NoBackward(torch.autograd.Function):

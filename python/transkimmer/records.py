@@ -30,7 +30,8 @@ class SkimRecord:
         layer_slots: per layer, int32 [capacity]: places in the flattened input that the layer worked on.
         layer_cu_seqlens: per layer, int32 [sequences + 1]; the last entry is how many of `layer_slots` are valid.
         skim_loss: in training, the mean share of real tokens that the layers worked on (Eq. 6), differentiable.
-        logits: in training, per layer, the predictors' logits fp32 [real tokens], detached.
+        logits: in training, per layer, the predictors' logits fp32 [real tokens], detached; in pruned training NaN at
+            tokens that were removed before the layer.
     """
 
     shape: tuple[int, int]
@@ -62,6 +63,19 @@ class SkimRecord:
     def tokens_kept(self) -> Tensor:
         """fp64 [layers]: share of the real tokens that each layer worked on."""
         return self.layer_lengths.sum(1).double() / self.lengths.sum().clamp(min=1)
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """bool [real tokens]: the first one of each sequence, which is never scored."""
+        total = int(self.cu_seqlens[-1])
+        first = torch.zeros(total + 1, dtype=torch.bool, device=self.cu_seqlens.device)
+        first[self.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
+        return first[:total]
+
+    def scored_logits(self, layer: int) -> Tensor:
+        """fp32 [tokens]: of those that the layer's predictor decided about: not first, and not gone by then."""
+        logit = self.logits[layer]
+        return logit[~(self.first_tokens | logit.isnan())]
 
 
 @contextmanager

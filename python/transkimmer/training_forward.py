@@ -1,7 +1,10 @@
-"""The encoder in training: every token stays in the packed batch, skimmed ones with keep weight 0 inside the softmax.
+"""The encoder in training: packed sequences, skimmed tokens with keep weight 0 inside the softmax.
 
 With the weight inside the softmax, training computes exactly what removal computes, and stays differentiable in the
-decisions (straight-through Gumbel softmax; Transkimmer, sections 3.3 and 4.1).
+decisions (straight-through Gumbel softmax; Transkimmer, sections 3.3 and 4.1). By default every token stays in the
+batch to the end. In pruned training a skimmed one stays for the layer that skims it, whose attention tells its decision
+what it would have been worth there, and is then removed: values are the same, the gradient loses what later layers
+would have told that decision.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +38,6 @@ def decisions_without_noise(logit_threshold: float) -> Iterator[None]:
         _noiseless.reset(token)
 
 
-@dataclass
-class TrainingResult:
-    """hidden: [tokens, d] final states, forwarded rows included; keep, logits: per layer fp32 [tokens]."""
-
-    hidden: Tensor
-    keep: list[Tensor]
-    logits: list[Tensor]
-
-
 @dataclass(frozen=True)
 class PackedSequences:
     """Which rows of [tokens, d] belong together. `first`: bool [tokens], the first token of each sequence."""
@@ -53,37 +47,110 @@ class PackedSequences:
     first: Tensor
 
 
-def train_encoder(
-    hidden: Tensor,
-    sequences: PackedSequences,
-    layers: Sequence[nn.Module],
-    predictors: Sequence[nn.Module] | None,
-    architecture: Architecture,
-    config: SkimConfig,
-    num_heads: int,
-    kernels: KernelSet,
-) -> TrainingResult:
-    """Runs the layers on packed states [tokens, d]; without predictors nothing is skimmed."""
-    keep = hidden.new_ones(hidden.size(0), dtype=torch.float32)
-    final = hidden
-    result = TrainingResult(hidden, [], [])
-    for index, layer in enumerate(layers):
-        if predictors is not None:
-            logit = predictors[index](hidden)  # [tokens]
-            decided = straight_through_keep(logit, config.temperature)
+@dataclass
+class LayerDecisions:
+    """What one layer decided on the n tokens that reached it.
+
+    places: int32 [n], their rows in the encoder's input; cu_seqlens: int32 [sequences + 1], offsets in these rows;
+    keep: fp32 [n], 0 or 1, differentiable; logit: fp32 [n], None where nothing was decided.
+    """
+
+    places: Tensor
+    cu_seqlens: Tensor
+    keep: Tensor
+    logit: Tensor | None
+
+
+@dataclass
+class TrainingResult:
+    """hidden: [tokens, d] final states, forwarded rows included; layers: what each of them decided."""
+
+    hidden: Tensor
+    layers: list[LayerDecisions]
+
+
+@dataclass(frozen=True)
+class TrainingEncoder:
+    """Layers, their predictors (None: nothing is skimmed), and how they are run.
+
+    first_token_only: nothing but the first tokens' final states is read. Pruned training then leaves a skimmed token
+    out as a query, too, in the layer that skims it: its output there could only matter to a readout of it.
+    """
+
+    layers: Sequence[nn.Module]
+    predictors: Sequence[nn.Module] | None
+    architecture: Architecture
+    config: SkimConfig
+    num_heads: int
+    kernels: KernelSet
+    first_token_only: bool = False
+
+    def run(self, hidden: Tensor, sequences: PackedSequences) -> TrainingResult:
+        """hidden: packed states [tokens, d]."""
+        keep = hidden.new_ones(hidden.size(0), dtype=torch.float32)
+        places = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
+        present = _Present(hidden, hidden, keep, places, sequences)
+        result = TrainingResult(hidden, [])
+        left: list[_Left] = []
+        for index, layer in enumerate(self.layers):
+            present, decided = self._decide(index, present)
+            result.layers.append(decided)
+            keys, departure = present, self._departure(index, present)
+            if departure is not None and self.first_token_only:
+                present = _part(present, departure, left, self.kernels)
+            present = self._apply(layer, present, keys)
+            if departure is not None and not self.first_token_only:
+                present = _part(present, departure, left, self.kernels)
+        result.hidden = _in_place(present, left, sequences, self.kernels)
+        return result
+
+    def _decide(self, index: int, present: _Present) -> tuple[_Present, LayerDecisions]:
+        logit = None
+        if self.predictors is not None:
+            logit = self.predictors[index](present.hidden)  # [n]
+            decided = straight_through_keep(logit, self.config.temperature)
             # A skimmed token never comes back; the first token is never scored.
-            keep = keep * torch.where(sequences.first, 1.0, decided)
-            result.logits.append(logit)
-        arguments = (layer, hidden, keep, sequences, architecture, config, num_heads, kernels)
+            present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
+        return present, LayerDecisions(present.places, present.sequences.cu_seqlens, present.keep, logit)
+
+    def _departure(self, index: int, present: _Present) -> _Departure | None:
+        """Who leaves because of this layer; None: nobody, or nothing would be saved by it any more."""
+        if self.predictors is None or not self.config.pruned_training:
+            return None
+        if index == len(self.layers) - 1 and not self.first_token_only:
+            return None
+        return _departure(present, self.kernels)
+
+    def _apply(self, layer: nn.Module, present: _Present, keys: _Present) -> _Present:
+        """Runs a layer on the tokens `present`, which attend to `keys`."""
+        arguments = (layer, present.hidden, present.sequences, keys.hidden, keys.keep, keys.sequences)
         if getattr(layer, "gradient_checkpointing", False):
-            hidden = checkpoint(_layer, *arguments, use_reentrant=False)
+            hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
         else:
-            hidden = _layer(*arguments)
+            hidden = self._layer(*arguments)
         # Kept rows take the layer's output, skimmed rows stay as they were when they left.
-        final = torch.lerp(final.float(), hidden.float(), keep.unsqueeze(-1)).to(hidden.dtype)
-        result.keep.append(keep)
-    result.hidden = final
-    return result
+        final = torch.lerp(present.final.float(), hidden.float(), present.keep.unsqueeze(-1)).to(hidden.dtype)
+        return replace(present, hidden=hidden, final=final)
+
+    def _layer(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        sequences: PackedSequences,
+        key_hidden: Tensor,
+        keep: Tensor,
+        key_sequences: PackedSequences,
+    ) -> Tensor:
+        a = self.architecture
+        q, k, v = (
+            get(layer, path)(x).view(x.size(0), self.num_heads, x.size(1) // self.num_heads)
+            for path, x in ((a.query, hidden), (a.key, key_hidden), (a.value, key_hidden))
+        )
+        context = keep_attention(q, k, v, keep, sequences, key_sequences, self.config, self.kernels)
+        x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context.reshape(hidden.shape)))
+        x = get(layer, a.norm1)(x + hidden)
+        y = get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x)))
+        return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
 
 
 def straight_through_keep(logit: Tensor, temperature: float) -> Tensor:
@@ -95,47 +162,100 @@ def straight_through_keep(logit: Tensor, temperature: float) -> Tensor:
     return (noisy > 0).float() + (soft - soft.detach())
 
 
-def _layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    keep: Tensor,
-    sequences: PackedSequences,
-    architecture: Architecture,
-    config: SkimConfig,
-    num_heads: int,
-    kernels: KernelSet,
-) -> Tensor:
-    a = architecture
-    tokens, width = hidden.shape
-    q, k, v = (
-        get(layer, path)(hidden).view(tokens, num_heads, width // num_heads) for path in (a.query, a.key, a.value)
-    )
-    context = _attention(q, k, v, keep, sequences, config, kernels).reshape(tokens, width)
-    x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context))
-    x = get(layer, a.norm1)(x + hidden)
-    y = get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x)))
-    return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
-
-
-def _attention(
+def keep_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     keep: Tensor,
     sequences: PackedSequences,
+    key_sequences: PackedSequences,
     config: SkimConfig,
     kernels: KernelSet,
 ) -> Tensor:
+    """Attention of the queries [m, heads, head_dim] of `sequences` to keys and values [n, heads, head_dim].
+
+    keep: weights of the keys, fp32 [n] (fp64 with fp64 queries).
+    """
     weight: Tensor | None = keep
     if config.skim_attention == "published":
         # P * m without renormalisation is plain attention on weighted values.
         v, weight = v * keep.to(v.dtype)[:, None, None], None
-    cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
+    own, theirs = sequences, key_sequences
     out, _, _ = kernels.ragged_attention(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, q.size(2) ** -0.5, weight, False
+        *(q, k, v, own.cu_seqlens, theirs.cu_seqlens, own.max_seqlen, theirs.max_seqlen),
+        *(q.size(2) ** -0.5, weight, False),
     )
     return out
 
 
 def _dropout(layer: nn.Module, path: str | None, x: Tensor) -> Tensor:
     return x if path is None else get(layer, path)(x)
+
+
+@dataclass(frozen=True)
+class _Present:
+    """The n tokens still in the batch.
+
+    hidden: [n, d]; final: [n, d], what would be read out of them now, the same values with other gradients;
+    keep: fp32 [n]; places: int32 [n], rows in the encoder's input.
+    """
+
+    hidden: Tensor
+    final: Tensor
+    keep: Tensor
+    places: Tensor
+    sequences: PackedSequences
+
+
+@dataclass(frozen=True)
+class _Departure:
+    """int32 rows of the tokens present: of those that stay, which `sequences` describes, and of those that leave."""
+
+    staying: Tensor
+    sequences: PackedSequences
+    leaving: Tensor
+    leaving_cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Final states [m, d] of tokens that are gone, and their rows in the encoder's input."""
+
+    final: Tensor
+    places: Tensor
+
+
+def _departure(present: _Present, kernels: KernelSet) -> _Departure | None:
+    """None where everybody stays. The host waits for the number of tokens and of the longest sequence's."""
+    rows = torch.arange(present.keep.numel(), dtype=torch.int32, device=present.keep.device)
+    if rows.numel() == 0:
+        return None
+    cu_seqlens, stays = present.sequences.cu_seqlens, present.keep.detach() > 0.5
+    staying, shorter = kernels.compact(stays, rows, cu_seqlens, False)
+    count, longest = torch.stack([shorter[-1], shorter.diff().max()]).tolist()
+    if count == rows.numel():
+        return None
+    staying = staying[:count]
+    leaving, leaving_cu_seqlens = kernels.compact(~stays, rows, cu_seqlens, False)
+    sequences = PackedSequences(shorter, longest, present.sequences.first.index_select(0, staying))
+    return _Departure(staying, sequences, leaving[: rows.numel() - count], leaving_cu_seqlens)
+
+
+def _part(present: _Present, departure: _Departure, left: list[_Left], kernels: KernelSet) -> _Present:
+    """Those who stay; those who leave are added to `left`."""
+    final = kernels.gather_rows(present.final, departure.leaving, departure.leaving_cu_seqlens)
+    left.append(_Left(final, present.places.index_select(0, departure.leaving)))
+    hidden, final, keep = (
+        kernels.gather_rows(x, departure.staying, departure.sequences.cu_seqlens)
+        for x in (present.hidden, present.final, present.keep)
+    )
+    return _Present(hidden, final, keep, present.places.index_select(0, departure.staying), departure.sequences)
+
+
+def _in_place(present: _Present, left: Sequence[_Left], sequences: PackedSequences, kernels: KernelSet) -> Tensor:
+    """Everybody's final state [tokens, d], in the order of the encoder's input, which `sequences` describes."""
+    if not left:
+        return present.final
+    places = torch.cat([*(gone.places for gone in left), present.places])
+    final = torch.cat([*(gone.final for gone in left), present.final])
+    return kernels.scatter_rows(final, places, sequences.cu_seqlens, places.numel())

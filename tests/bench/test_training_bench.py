@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from transkimmer import SkimConfig, add_skimming
+from transkimmer import SkimConfig, add_skimming, record_skimming
 from transkimmer.bench import masked, peers, setting, training, workload
 from transkimmer.bench.timing import Limits
 from transkimmer.cli import main
+from transkimmer.training_forward import decisions_without_noise
 
 from ..models.tiny import VOCABULARY, no_dropout, tiny, undecided_predictors
 
@@ -55,12 +57,17 @@ def test_masked_training_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -
 def test_every_learner_has_a_row(subject: peers.Subject, dtype: str) -> None:
     here = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, dtype, "cpu", 1)
     before = [parameter.clone() for parameter in subject.skimming.parameters()]
-    rows = training.measure(here, subject, batches(), 2, Limits())
+    rows = training.measure(here, subject, batches(), 2, Limits(math.inf))
     assert [row["contender"] for row in rows] == list(training.LEARNERS)
     for row in rows:
         assert row["tokens"] == 33 and row["repeats"] == len(row["seconds"]) == 2
         assert row["tokens_per_s"] == 33 / row["median_s"] and row["max_difference"] <= row["tolerance"]
         assert set(row["speedups"]) == set(training.LEARNERS) - {row["contender"]}
+        # Of 9, 4, 14 and 6 tokens at ratios of 1, 0.6 and 0.2, at least one each.
+        assert row["tokens_scheduled"] == (
+            (33 + 5 + 2 + 8 + 4 + 2 + 1 + 3 + 1) / 99 if row["contender"] in training.SKIMS else None
+        )
+        assert (row["tokens_kept"] is None) == (row["tokens_scheduled"] is None)
     for parameter, old in zip(subject.skimming.parameters(), before, strict=True):
         assert torch.equal(parameter, old)  # the subject is the next workload's, too
 
@@ -73,9 +80,37 @@ def test_a_step_trains(subject: peers.Subject, name: str) -> None:
     learner.step(batches()[0].inputs)
     still = {key for key, parameter in learner.model.named_parameters() if torch.equal(parameter, before[key])}
     predictors = {key for key in before if "skim_predictors" in key}
-    skims = name in (training.PUBLISHED, training.PACKED)
+    skims = name in training.SKIMS
     assert bool(predictors) == (name != training.DENSE)
     assert still == (set() if skims else predictors)
+
+
+@pytest.mark.parametrize("name", training.SKIMS)
+def test_draws_keep_what_the_schedule_keeps(subject: peers.Subject, name: str) -> None:
+    """In all contenders that skim, on average; the schedule ends with first tokens alone."""
+    subject.skimming.skimming.config.schedule = [0.6, 0.6, 0.05]
+    some = workload.random_batches([40, 9, 31, 25, 18, 14], 3, 2, VOCABULARY)
+    scheduled, share = training._by_schedule(subject, some)
+    counts = [*2 * [24 + 5 + 19 + 15 + 11 + 8], 2 + 1 + 2 + 1 + 1 + 1]
+    assert share == sum(counts) / (3 * 137)
+    learner = training.Learner(name, *training.LEARNERS[name](scheduled, torch.float32))
+    torch.manual_seed(0)
+    kept = [training._tokens_kept(learner, some) for _ in range(20)]
+    assert sum(kept) / 20 == pytest.approx(share, abs=0.02) and max(kept) < 0.6
+    assert subject.skimming.skimming.predictors[1].out.bias[1] > 4  # the subject's own still keep everything
+
+
+def test_pruned_training_has_the_loss_of_packed_training(subject: peers.Subject) -> None:
+    subject, _ = training._by_schedule(subject, batches())
+    losses = []
+    for name in (training.PACKED, training.PRUNED):
+        learner = training.Learner(name, *training.LEARNERS[name](subject, torch.float32))
+        no_dropout(learner.model)
+        with decisions_without_noise(0.0), record_skimming() as records:
+            inputs = batches()[0].inputs
+            losses.append(learner.loss(inputs, training.labels_of(inputs)).item())
+        assert 0.2 < records[0].tokens_kept.mean() < 0.9
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_another_loss_is_not_timed(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from transkimmer import SkimConfig
 from transkimmer.flops import EncoderShape
 from transkimmer.policies import SchedulePolicy
 from transkimmer.predictor import SkimPredictor
-from transkimmer.training_forward import PackedSequences, _attention, straight_through_keep
+from transkimmer.training_forward import PackedSequences, keep_attention, straight_through_keep
 
 from transkimmer_kernels import Ragged, kernel_set
 
@@ -92,8 +92,8 @@ def test_published_masking_is_a_multiple_of_real_pruning() -> None:
     q, k, v = torch.randn(3, 9, 2, 16)
     keep = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1.0])
     sequences = PackedSequences(torch.tensor([0, 9], dtype=torch.int32), 9, torch.arange(9) == 0)
-    published = _attention(q, k, v, keep, sequences, SkimConfig(skim_attention="published"), REFERENCE)
-    pruned = _attention(q, k, v, keep, sequences, SkimConfig(), REFERENCE)
+    published = keep_attention(q, k, v, keep, sequences, sequences, SkimConfig(skim_attention="published"), REFERENCE)
+    pruned = keep_attention(q, k, v, keep, sequences, sequences, SkimConfig(), REFERENCE)
     p = torch.einsum("ihd,jhd->hij", q, k).mul(16**-0.5).softmax(-1)
     alpha = (p * keep).sum(-1).T.unsqueeze(-1)  # [9, 2, 1]
     assert torch.allclose(published, alpha * pruned, atol=1e-6)
@@ -110,7 +110,8 @@ def test_gradient_to_the_keep_weights(mode: str) -> None:
     keep = torch.tensor([1, 0.5, 0.25, 1, 1, 0.01, 1], dtype=torch.float64, requires_grad=True)
 
     def value(weights: torch.Tensor) -> torch.Tensor:
-        return (_attention(q, k, v, weights, sequences, SkimConfig(skim_attention=mode), REFERENCE) * direction).sum()
+        config = SkimConfig(skim_attention=mode)
+        return (keep_attention(q, k, v, weights, sequences, sequences, config, REFERENCE) * direction).sum()
 
     assert torch.autograd.gradcheck(value, (keep,), eps=1e-6, atol=1e-7)
     # At weight 0 the derivative is one-sided.

@@ -86,11 +86,22 @@ def test_thresholded_shares_are_what_inference_keeps_with_the_same_logits() -> N
     curves = SkimCurves()
     curves.add(1, record, {}, 1.0)
     assert [logit.numel() for logit in curves.logits()] == [25] * LAYERS
-    # A layer that saw only some of the tokens says nothing about what the threshold would have kept.
-    record.logits[-1] = record.logits[-1][:7]
+
+
+def test_in_pruned_training_the_threshold_is_not_guessed_at() -> None:
+    """What it would have kept of the tokens that a draw has removed, nobody knows."""
+    model = add_skimming(no_dropout(tiny("bert", "sequence")), SkimConfig(pruned_training=True))
+    undecided_predictors(model)
+    torch.manual_seed(0)
+    with record_skimming() as records:
+        model.train()(**padded_inputs(LENGTHS))
+    curves = SkimCurves()
+    curves.add(1, records[0], {}, 1.0)
+    reached = [29, *records[0].layer_lengths.sum(1).tolist()[:-1]]
+    assert reached[-1] < reached[1] < 29
+    assert [logit.numel() for logit in curves.logits()] == [count - 4 for count in reached]
     found = curves.scalars(0.0)
     assert "tokens_kept_drawn" in found and "tokens_kept_threshold" not in found and "task_loss" not in found
-    assert [logit.numel() for logit in curves.logits()] == [29, 29, 7]
 
 
 def test_histograms_in_tensorboard(tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ OUT_OF_RANGE = pytest.mark.parametrize(
         ("threshold", -1),
         ("threshold", float("nan")),
         ("skim_attention", "none"),
+        ("pruned_training", 1),
+        ("pruned_training", "yes"),
         ("schedule", [0.5, 0.8]),
         ("schedule", [1.2]),
         ("schedule", 0.5),
@@ -240,6 +242,17 @@ def test_a_live_config_keeps_its_value_when_it_is_given_a_bad_one(field: str, va
     with pytest.raises(ValueError, match=rf"SkimConfig.{field}=.*must be"):
         setattr(config, field, value)
     assert config.to_dict() == before
+
+
+def test_published_attention_prunes_nothing() -> None:
+    """In whichever order the two are set."""
+    refused = r"^SkimConfig.{}=.*pruned_training=True does not go with skim_attention='published'"
+    with pytest.raises(ValueError, match=refused.format("pruned_training")):
+        SkimConfig(skim_attention="published", pruned_training=True)
+    config = SkimConfig(pruned_training=True)
+    with pytest.raises(ValueError, match=refused.format("skim_attention")):
+        config.skim_attention = "published"
+    assert config == SkimConfig(pruned_training=True)
 
 
 def test_a_live_schedule_has_a_ratio_per_layer() -> None:

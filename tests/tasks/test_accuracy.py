@@ -88,6 +88,7 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
 
     monkeypatch.setattr(SteadyTrainer, "training_step", counted)
     arguments += ["--modes", "dense", "corrected", "--keep", "--set", "skim_weight=3", "temperature=0.5"]
+    arguments += ["pruned_training=true"]
     with pytest.raises(_Killed):
         accuracy.main(arguments)
     assert [row["mode"] for row in accuracy_rows.read(tmp_path / "accuracy.csv")] == ["dense"]
@@ -96,7 +97,11 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
     # 36 rows, batches of 8, 2 epochs: 10 steps, a checkpoint after every second.
     assert steps[first:] == [("skimming", number) for number in range(4, 10)]
     rows = accuracy_rows.read(tmp_path / "accuracy.csv")
-    assert {(row["mode"], row["skim_weight"]) for row in rows[1:]} == {("corrected temperature=0.5", "3")}
+    training = {(row["mode"], row["skim_weight"], row["pruned"]) for row in rows[1:]}
+    assert training == {("corrected temperature=0.5", "3", "True")}
+    assert [path.name for path in (tmp_path / "work/tiny/rte").glob("corrected*")] == [
+        "corrected,temperature=0.5-seed1-skim_weight=3-pruned=True"
+    ]
     # Trained in two parts, it has no time of its own.
     assert all(row["wall_clock_speedup"] == row["seconds_train"] == "" for row in rows[1:])
     accuracy.main([*arguments, "--time", "--repeats", "1"])

@@ -15,7 +15,9 @@ from transkimmer import add_skimming
 from transkimmer.cli import main
 from transkimmer.tasks import TASKS
 from transkimmer.training import SteadyTrainer
+from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import recipe_of
+from transkimmer.training.run import SETTINGS, Run
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
@@ -162,6 +164,31 @@ def test_recipes() -> None:
     for option, value in (("epochs", 0.0), ("batch_size", 0), ("held_out", 1.0), ("calibration", "guess")):
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: must be"):
             recipe_of("corrected", TASKS["rte"], **{option: value})
+
+
+def test_pruned_training_is_a_setting(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe_of("corrected", TASKS["rte"], pruned_training=True).skim_config().pruned_training
+    assert train(backbone, data, tmp_path / "run", "--pruned-training", "--mode", "published") == 2
+    assert "pruned_training=True does not go with skim_attention='published'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_a_setting_existed_is_resumed(tmp_path: Path, backbone: Path, data: Path) -> None:
+    """It had the setting's default."""
+    plain, pruned = (
+        Run(TASKS["sst2"], recipe_of("corrected", TASKS["sst2"], pruned_training=option), str(backbone), tmp_path, data)
+        for option in (False, True)
+    )
+    prepare_output(plain, resume=False)
+    settings = json.loads((tmp_path / SETTINGS).read_text(encoding="utf-8"))
+    del settings["recipe"]["pruned_training"]
+    (tmp_path / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "skimming").mkdir()
+    prepare_output(plain, resume=True)
+    with pytest.raises(ValueError, match="other settings: pruned_training False -> True"):
+        prepare_output(pruned, resume=True)
 
 
 def test_what_failed_before_it_trained_leaves_its_folder_free(

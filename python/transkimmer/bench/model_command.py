@@ -135,12 +135,13 @@ def model_table(rows: Rows, title: str) -> Table:
 
 
 def training_table(rows: Rows, title: str) -> Table:
-    table = _table(title, [*_TIMES, "packed skimming is ×", "peak MiB", "loss difference"])
+    table = _table(title, [*_TIMES, "packed skimming is ×", "tokens kept", "peak MiB", "loss difference"])
     for row in rows:
         table.add_row(
             row["contender"],
             *_time_cells(row),
             _times(_over(rows, training.PACKED, row["contender"])),
+            NOTHING if row["tokens_kept"] is None else f"{row['tokens_kept']:.0%}",
             _mebibytes(row["peak_memory"]),
             f"{row['max_difference']:.0e}",
         )

@@ -1,8 +1,8 @@
 """`bench training`: a training step of dense fine-tuning, of skimming by masks as published, and of ours.
 
 Every contender has its own copy of the weights and takes whole steps: forward, backward, AdamW. Dropout is the model's,
-but none falls on attention probabilities, where ours has none. What is skimmed does not matter: in training every token
-stays in the batch, with a weight of 0 if it is skimmed.
+but none falls on attention probabilities, where ours has none. Those that skim draw their decisions, by predictors that
+keep the schedule's shares on average; it matters to pruned training only, in which skimmed tokens leave the batch.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import contextlib
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures import architecture_of, encoder_of
 from ..predictor import KEEP, SKIM, SkimPredictor
+from ..records import SkimRecord, current_records, record_skimming
 from ..skimming import skimming_of
 from .contenders import Contender
 from .counters import PeakMemory
 from .field import TOLERANCES
 from .masked import PublishedTraining
 from .peers import Subject
+from .scheduled_draws import draw_by_schedule
 from .setting import Setting
 from .timing import Limits, paired_speedup, relative_spread, time_in_turn
 from .workload import DTYPES, Batch
@@ -34,7 +37,8 @@ DENSE = "dense, padded (Hugging Face SDPA)"
 DENSE_PACKED = "dense, packed (ours)"
 PUBLISHED = "skimming by masks, padded (as published)"
 PACKED = "skimming, packed (ours)"
-_LEARNING_RATE = 1e-5
+PRUNED = "skimming, packed, pruned (ours)"
+_LEARNING_RATE = 1e-6  # so little that predictors go on keeping about what they were set to keep
 _KEEP_ALL_LOGIT = 50.0  # far enough that no draw skims
 
 Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -74,10 +78,11 @@ def _dense(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
     return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
 
 
-def _ours(enabled: bool) -> Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]:
+def _ours(enabled: bool, pruned: bool = False) -> Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]:
     def make(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
         model: Any = copy.deepcopy(subject.skimming)
         skimming_of(model).enabled = enabled
+        skimming_of(model).config.pruned_training = pruned
         return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
 
     return make
@@ -92,6 +97,10 @@ def _published(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
     def loss(inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         task = model(**inputs, labels=labels).loss
         assert published.skim_loss is not None
+        if (records := current_records()) is not None:
+            ends = F.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0)).int()
+            batch, length = inputs["input_ids"].shape
+            records.append(SkimRecord((batch, length), ends, skim_loss=published.skim_loss))
         return task + skimming.config.skim_weight * published.skim_loss
 
     return model.to(dtype=dtype), loss
@@ -103,20 +112,24 @@ LEARNERS: dict[str, Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]] = 
     DENSE_PACKED: _ours(False),
     PUBLISHED: _published,
     PACKED: _ours(True),
+    PRUNED: _ours(True, pruned=True),
 }
-_SKIMS = (PUBLISHED, PACKED)
+SKIMS = (PUBLISHED, PACKED, PRUNED)
 
 
 def measure(
     setting: Setting, subject: Subject, batches: Sequence[Batch], repeats: int, limits: Limits
 ) -> list[dict[str, Any]]:
     """A row per learner: kind, workload, tokens, contender, seconds, repeats, median_s (for all batches, a step each),
-    spread, tokens_per_s, speedups, peak_memory, max_difference, tolerance.
+    spread, tokens_per_s, speedups, peak_memory, max_difference, tolerance; of those that skim, tokens_kept: share of
+    the real tokens that layers work on, in draws after the timing, and tokens_scheduled: what the schedule keeps of
+    them (None where decisions are learned).
 
     Raises:
         ValueError: a learner's loss, with nothing skimmed and no dropout, is not the dense model's.
     """
     dtype = DTYPES[setting.dtype]
+    subject, scheduled = _by_schedule(subject, batches)
     expected = [float(loss) for loss in _reference_losses(subject, batches)]
     learners: list[Learner] = []
     differences: dict[str, float] = {}
@@ -124,7 +137,7 @@ def measure(
     for name, make in LEARNERS.items():
         watch = PeakMemory(setting.device)
         learner = Learner(name, *make(subject, dtype))
-        weight = skimming_of(subject.skimming).config.skim_weight if name in _SKIMS else 0.0
+        weight = skimming_of(subject.skimming).config.skim_weight if name in SKIMS else 0.0
         differences[name] = _check(learner, batches, [loss + weight for loss in expected], setting)
         watch.reset()
         for batch in batches:
@@ -134,6 +147,7 @@ def measure(
     field = [Contender(learner.name, learner.step) for learner in learners]
     seconds = time_in_turn(field, batches, repeats, DENSE_PACKED, limits, setting.device)
     tokens = sum(int(batch.lengths.sum()) for batch in batches)
+    kept = {learner.name: _tokens_kept(learner, batches) for learner in learners}
     return [
         {
             "kind": KIND,
@@ -149,6 +163,8 @@ def measure(
             "peak_memory": memory[name],
             "max_difference": differences[name],
             "tolerance": TOLERANCES[setting.dtype],
+            "tokens_kept": kept[name],
+            "tokens_scheduled": scheduled if name in SKIMS else None,
         }
         for name, times in seconds.items()
     ]
@@ -158,6 +174,26 @@ def labels_of(inputs: dict[str, Tensor]) -> Tensor:
     """Class 0 and class 1 in turn: what is learned does not matter here."""
     ids = inputs["input_ids"]
     return torch.arange(ids.size(0), device=ids.device) % 2
+
+
+def _by_schedule(subject: Subject, batches: Sequence[Batch]) -> tuple[Subject, float | None]:
+    """With predictors that draw by the subject's schedule, and the share of tokens that it keeps, where it has one."""
+    ratios = skimming_of(subject.skimming).config.schedule
+    if ratios is None:
+        return subject, None
+    skimming: Any = copy.deepcopy(subject.skimming).train()
+    return replace(subject, skimming=skimming), draw_by_schedule(skimming, batches, ratios)
+
+
+@torch.no_grad()
+def _tokens_kept(learner: Learner, batches: Sequence[Batch]) -> float | None:
+    """Share of the real tokens that layers work on, as drawn now; None for those who skim nothing."""
+    with record_skimming() as records:
+        for batch in batches:
+            learner.loss(batch.inputs, labels_of(batch.inputs))
+    tokens = [int(record.lengths.sum()) for record in records]
+    shares = [float(record.skim_loss) for record in records if record.skim_loss is not None]
+    return statistics.fmean(shares, tokens) if shares else None
 
 
 @torch.no_grad()

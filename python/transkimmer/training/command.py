@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", type=Path, help="start from this dense fine-tune instead of making one")
     parser.add_argument("--calibration", choices=CALIBRATIONS, help="how the threshold is set on held-out rows")
     parser.add_argument("--bf16", action="store_true", default=None, help="autocast to bf16")
+    parser.add_argument(
+        "--pruned-training", action="store_true", default=None, help="remove skimmed tokens in training, too; faster"
+    )
     parser.add_argument("--save-steps", type=int, help="steps between checkpoints; default: five checkpoints a stage")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     for name, (kind, text) in OPTIONS.items():

@@ -47,7 +47,8 @@ class SkimCurves:
 
         `task_loss` and `skim_loss` are means over the micro-batches. `keep_drawn/layer_00` and so on are shares of the
         real tokens that the layers worked on, `tokens_kept_drawn` their mean; with `threshold` for `drawn`, what
-        `logit_threshold` would have kept by the same forward's logits, where it computed those of every token.
+        `logit_threshold` would have kept by the same forward's logits, where it computed those of every token (not in
+        pruned training, once something was skimmed).
         """
         found = {}
         if self.task_losses:
@@ -69,11 +70,10 @@ class SkimCurves:
         return found
 
     def logits(self) -> list[Tensor]:
-        """Keep-minus-skim logits fp32 [tokens] per layer, on the host; first tokens, never scored, left out."""
+        """Keep-minus-skim logits fp32 [tokens] per layer, on the host, of the tokens that were decided about."""
         layers = len(self.records[0].logits) if self.records else 0
         return [
-            torch.cat([scored_logits(record, layer) for record in self.records]).float().cpu()
-            for layer in range(layers)
+            torch.cat([record.scored_logits(layer) for record in self.records]).float().cpu() for layer in range(layers)
         ]
 
 
@@ -86,29 +86,17 @@ def follow(trainer: Trainer) -> SkimCurves:
     return curves
 
 
-def scored_logits(record: SkimRecord, layer: int) -> Tensor:
-    """Of tokens that the predictor decides about. Where a layer saw only some tokens, first ones are among them."""
-    logit = record.logits[layer]
-    return logit[~_first_tokens(record)] if _scores_every_token(record) else logit
-
-
 def kept_by_threshold(record: SkimRecord, logit_threshold: float) -> Tensor:
-    """int64 [layers]: real tokens that every predictor up to the layer's keeps at `logit_threshold`."""
-    keep = (torch.stack(record.logits) >= logit_threshold) | _first_tokens(record)  # [layers, tokens]
+    """int64 [layers]: real tokens that every predictor up to the layer's keeps at `logit_threshold`.
+
+    It takes logits of every token: those of one that a draw has removed, a threshold might have kept.
+    """
+    keep = (torch.stack(record.logits) >= logit_threshold) | record.first_tokens  # [layers, tokens]
     return keep.int().cumprod(0).sum(1).cpu()
 
 
 def _scores_every_token(record: SkimRecord) -> bool:
-    total = int(record.lengths.sum())
-    return bool(record.logits) and all(logit.numel() == total for logit in record.logits)
-
-
-def _first_tokens(record: SkimRecord) -> Tensor:
-    """bool [real tokens]"""
-    total = int(record.cu_seqlens[-1])
-    first = torch.zeros(total + 1, dtype=torch.bool, device=record.cu_seqlens.device)
-    first[record.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
-    return first[:total]
+    return bool(record.logits) and not any(bool(logit.isnan().any()) for logit in record.logits)
 
 
 class LogitHistograms(TrainerCallback):

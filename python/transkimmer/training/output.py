@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transkimmer_kernels.files import write_whole
 
 from ..tasks import task_named
+from .recipe import Recipe
 from .run import SETTINGS, Run
 
 
@@ -44,6 +45,8 @@ def _prepare(job: Run, resume: bool) -> None:
         former = json.loads(saved.read_text(encoding="utf-8"))
         if not resume:
             raise ValueError(f"--output {job.output}: holds a run already; go on with --resume, or take another folder")
+        # A setting that did not exist when the run was begun had its default.
+        former["recipe"] = Recipe(job.recipe.mode).to_dict() | former["recipe"]
         if former != settings:
             raise ValueError(f"--resume: {job.output} holds a run with other settings: {_difference(former, settings)}")
         return

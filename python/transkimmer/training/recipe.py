@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         warm_start: skimming training starts from the dense fine-tune, else from the pretrained backbone.
         skim_ramp, distillation_weight, predictor_learning_rate: as in `SkimTrainingArguments`.
-        bias_init, temperature, skim_weight, skim_attention, decision: as in `SkimConfig`.
+        bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in `SkimConfig`.
         warmup: share of the steps over which learning rates rise.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         doc_stride: as in `QuestionWindows`; None: the task's texts are not read in windows.
@@ -56,6 +56,7 @@ class Recipe:
     skim_ramp: float = 0.3
     distillation_weight: float = 1.0
     skim_attention: str = "renormalized"
+    pruned_training: bool = False
     decision: str = "threshold"
     calibration: str = "speedup"
     flops_speedup: float = 2.0
@@ -86,7 +87,7 @@ class Recipe:
 
     def skim_config(self) -> SkimConfig:
         """Raises ValueError where a field is out of range."""
-        names = ("bias_init", "temperature", "skim_weight", "skim_attention", "decision")
+        names = ("bias_init", "temperature", "skim_weight", "skim_attention", "pruned_training", "decision")
         return SkimConfig(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
