@@ -23,6 +23,7 @@ OPTIONS = {
     "skim_weight": (float, "lambda: weight of the skim loss; more skims more"),
     "skim_ramp": (float, "share of the steps over which lambda rises from 0"),
     "temperature": (float, "tau, of the Gumbel softmax"),
+    "predictor_width": (int, "inner width of the skim predictors; the paper's is the hidden size"),
     "bias_init": (float, "mu0: predictors start at +mu0 for keep and -mu0 for skim"),
     "distillation_weight": (float, "weight of the loss against the dense fine-tune's predictions; 0: none"),
     "flops_speedup": (float, "calibrate the threshold on held-out training rows to this FLOPs speedup"),

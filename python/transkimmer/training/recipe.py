@@ -24,7 +24,8 @@ class Recipe:
     Attributes:
         warm_start: skimming training starts from the dense fine-tune, else from the pretrained backbone.
         skim_ramp, distillation_weight, predictor_learning_rate: as in `SkimTrainingArguments`.
-        bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in `SkimConfig`.
+        predictor_width, bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in
+            `SkimConfig`.
         warmup: share of the steps over which learning rates rise.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         doc_stride: as in `QuestionWindows`; None: the task's texts are not read in windows.
@@ -50,6 +51,7 @@ class Recipe:
     max_length: int = 512
     doc_stride: int | None = None
     bf16: bool = False
+    predictor_width: int | None = None
     bias_init: float = 3.0
     temperature: float = 1.0
     skim_weight: float = 1.0
@@ -87,8 +89,8 @@ class Recipe:
 
     def skim_config(self) -> SkimConfig:
         """Raises ValueError where a field is out of range."""
-        names = ("bias_init", "temperature", "skim_weight", "skim_attention", "pruned_training", "decision")
-        return SkimConfig(**{name: getattr(self, name) for name in names})
+        names = ("predictor_width", "bias_init", "temperature", "skim_weight", "skim_attention", "pruned_training")
+        return SkimConfig(decision=self.decision, **{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
