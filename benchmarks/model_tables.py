@@ -101,7 +101,7 @@ def _attainable(skimming: Row, dense: Row | None) -> str:
 
 
 def training_lines(device: Device) -> list[str]:
-    heads = ("model", "lengths", "dtype", "batch", "contender", "step", "spread", "speed", "peak MiB")
+    heads = ("model", "lengths", "dtype", "batch", "contender", "step", "spread", "speed", "tokens kept", "peak MiB")
     lines = head(heads)
     for workload, rows in device.groups("training"):
         first = next(iter(rows.values()))
@@ -109,8 +109,14 @@ def training_lines(device: Device) -> list[str]:
             step = 1e3 * row["median_s"] / workload["batches"]
             speed = row["speedups"].get(first["contender"], 1.0)
             names = [workload["model"], workload["lengths"], workload["dtype"], str(workload["batch_size"]), name]
-            lines.append(line([*names, f"{step:.0f} ms", f"{row['spread']:.0%}", f"{speed:.2f}", _memory(row)]))
-    return [*lines, "", "Speed is over the first contender of the workload; a step is forward, backward and AdamW."]
+            kept = NOTHING if row.get("tokens_kept") is None else f"{row['tokens_kept']:.0%}"
+            times = [f"{step:.0f} ms", f"{row['spread']:.0%}", f"{speed:.2f}"]
+            lines.append(line([*names, *times, kept, _memory(row)]))
+    return [
+        *(*lines, ""),
+        "Speed is over the first contender of the workload; a step is forward, backward and AdamW. Tokens kept: share "
+        "that layers work on, as drawn; it matters where skimmed tokens are removed (pruned).",
+    ]
 
 
 def _names(workload: Workload) -> list[str]:

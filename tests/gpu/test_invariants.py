@@ -11,6 +11,7 @@ from .conftest import EVERYWHERE, Place, dtypes, inputs, skimming_bert, small_be
 
 LENGTHS = (65, 1, 17, 96, 2, 40, 33)
 everywhere = pytest.mark.parametrize("place", EVERYWHERE, ids=str)
+pruned_or_not = pytest.mark.parametrize("pruned_training", [False, True], ids=["every token", "pruned training"])
 
 
 def _states(place: Place, dtype: torch.dtype, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,9 +35,10 @@ def test_keep_all_errs_no_more_than_the_dense_model(place: Place, dtype: torch.d
 
 @dtypes
 @everywhere
+@pruned_or_not
 @torch.no_grad()
 def test_training_forward_equals_pruned_inference(
-    place: Place, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    place: Place, dtype: torch.dtype, pruned_training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise set to zero, a training forward decides as inference does.
 
@@ -46,6 +48,7 @@ def test_training_forward_equals_pruned_inference(
     place.require(dtype)
     monkeypatch.setattr("transkimmer.training_forward.logistic_noise", torch.zeros_like)
     model, batch = skimming_bert(place, dtype), inputs(LENGTHS, place.device)
+    model.skimming.config.pruned_training = pruned_training
     with record_skimming() as records:
         pruned = model.eval()(**batch).last_hidden_state
         masked = model.train()(**batch).last_hidden_state
@@ -62,10 +65,14 @@ def test_training_forward_equals_pruned_inference(
 
 @dtypes
 @everywhere
-def test_a_training_step_has_finite_gradients_everywhere(place: Place, dtype: torch.dtype) -> None:
+@pruned_or_not
+def test_a_training_step_has_finite_gradients_everywhere(
+    place: Place, dtype: torch.dtype, pruned_training: bool
+) -> None:
     """And the same ones twice: nothing is summed up in an order left to chance."""
     place.require(dtype)
     model, batch = skimming_bert(place, dtype).train(), inputs(LENGTHS, place.device)
+    model.skimming.config.pruned_training = pruned_training
     gradients = []
     for _ in range(2):
         torch.manual_seed(0)
