@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 ATTENTIONS = ("renormalized", "published")
 DECISIONS = ("threshold", "sample")
 
@@ -21,6 +23,8 @@ class SkimConfig:
         bias_init: mean of the last bias at initialisation, +bias_init for keep and -bias_init for skim (section 4.2).
         temperature: of the Gumbel softmax in training (Eq. 5); shapes the gradient only, not how often a token is kept.
         skim_weight: the weight lambda of the skim loss, added to the model's own loss in training (Eq. 6).
+        skim_target: in training, the share of a batch's tokens, mean over layers, up to which skimming costs nothing:
+            lambda weighs what the skim loss has above it. 0: all of it, as in the paper.
         decision: at inference, "threshold" keeps a token whose keep probability is at least `threshold`
             (0.5 is the argmax); "sample" draws, as the published code does.
         threshold: keep probability from which a token is kept, strictly between 0 and 1.
@@ -37,6 +41,7 @@ class SkimConfig:
     bias_init: float = 5.0
     temperature: float = 1.0
     skim_weight: float = 0.5
+    skim_target: float = 0.0
     decision: str = "threshold"
     threshold: float = 0.5
     skim_attention: str = "renormalized"
@@ -81,6 +86,10 @@ class SkimConfig:
         """The threshold on the predictors' keep-minus-skim logit."""
         return math.log(self.threshold / (1 - self.threshold))
 
+    def penalty(self, skim_loss: Tensor) -> Tensor:
+        """What the model's loss is raised by; skim_loss: share of the tokens that layers worked on, a scalar."""
+        return self.skim_weight * (skim_loss - self.skim_target).clamp(min=0)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -124,6 +133,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias_init": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
     "temperature": (lambda x: _is_finite(x) and x > 0, "a finite number > 0"),
     "skim_weight": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
+    "skim_target": (lambda x: _is_finite(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "decision": (lambda x: x in DECISIONS, f"one of {DECISIONS}"),
     "threshold": (lambda x: _is_finite(x) and 0 < x < 1, "strictly between 0 and 1"),
     "skim_attention": (lambda x: x in ATTENTIONS, f"one of {ATTENTIONS}"),

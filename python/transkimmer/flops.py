@@ -106,6 +106,14 @@ class EncoderShape:
         """Dense FLOPs over skimming FLOPs as the paper counts them: every layer in full, neither with any padding."""
         return self.dense_flops(lengths) / max(self.skimming_flops(lengths, layer_lengths), 1)
 
+    def share_at(self, speedup: float) -> float:
+        """Share of the tokens, mean over layers, that about leads to a FLOPs speedup, on sequences that are not long.
+
+        Solves 1 / speedup = share + cost of the predictors, which see the tokens that the layer before worked on.
+        """
+        predictor = self.predictor / (4 * self.hidden + 2 * self.ffn)  # over a layer, per token
+        return max(0.0, (1 / speedup - predictor / self.layers) / (1 + predictor * (1 - 1 / self.layers)))
+
     def padded_flops_speedup(self, lengths: Tensor, layer_lengths: Tensor, padded_length: int) -> float:
         """The same over a dense run on sequences padded to `padded_length` (the paper's "Sequence" column)."""
         dense = self.dense_flops(lengths.clamp(min=padded_length))

@@ -232,7 +232,7 @@ def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -
     skim_loss = take_skim_loss()
     if skim_loss is None or not model.training:
         return None
-    extra = skimming_of(model).config.skim_weight * skim_loss
+    extra = skimming_of(model).config.penalty(skim_loss)
     if isinstance(output, tuple):  # return_dict=False: the loss, a scalar, comes first where there is one
         if output and isinstance(output[0], Tensor) and output[0].dim() == 0:
             return (output[0] + extra, *output[1:])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import ProgressCallback
 from transkimmer import SkimConfig, add_skimming, record_skimming
+from transkimmer.skimming import skimming_of
 from transkimmer.training import SkimTrainer, SkimTrainingArguments
 from transkimmer.training.curves import ShortProgress, SkimCurves, kept_by_threshold
 from transkimmer.training.stages import logged
@@ -62,6 +63,19 @@ def test_the_steps_that_are_logged_carry_the_curves(tmp_path: Path) -> None:
         assert step["task_loss"] > 0
 
 
+def test_a_target_falls_to_its_value_instead_of_the_weight_rising(tmp_path: Path) -> None:
+    job = trainer(tmp_path, skim_ramp=1.0, logging_steps=1)
+    config = skimming_of(job.model).config
+    config.skim_target = 0.5
+    job = SkimTrainer(model=job.model, args=job.args, train_dataset=job.train_dataset)
+    job.train()
+    steps = job.state.log_history[:-1]
+    assert [step["skim_target"] for step in steps] == [1.0, 0.875, 0.75, 0.625] and config.skim_target == 0.5
+    for step in steps:
+        above = max(0.0, step["skim_loss"] - step["skim_target"])
+        assert step["skim_weight"] == 0.25 and step["loss"] == pytest.approx(step["task_loss"] + 0.25 * above, rel=1e-4)
+
+
 def test_task_and_skim_loss_add_up_to_the_loss(tmp_path: Path) -> None:
     job = trainer(tmp_path, logging_steps=1)
     job.train()
@@ -84,7 +98,7 @@ def test_thresholded_shares_are_what_inference_keeps_with_the_same_logits() -> N
     assert kept_by_threshold(record, 1e9).tolist() == [4] * LAYERS  # the first tokens
     assert kept_by_threshold(record, -1e9).tolist() == [29] * LAYERS
     curves = SkimCurves()
-    curves.add(1, record, {}, 1.0)
+    curves.add(1, record, {}, SkimConfig())
     assert [logit.numel() for logit in curves.logits()] == [25] * LAYERS
 
 
@@ -96,7 +110,7 @@ def test_in_pruned_training_the_threshold_is_not_guessed_at() -> None:
     with record_skimming() as records:
         model.train()(**padded_inputs(LENGTHS))
     curves = SkimCurves()
-    curves.add(1, records[0], {}, 1.0)
+    curves.add(1, records[0], {}, SkimConfig())
     reached = [29, *records[0].layer_lengths.sum(1).tolist()[:-1]]
     assert reached[-1] < reached[1] < 29
     assert [logit.numel() for logit in curves.logits()] == [count - 4 for count in reached]

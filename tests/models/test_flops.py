@@ -145,3 +145,13 @@ def test_of_a_fake_tensor_the_bound_is_counted() -> None:
             torch.ops.transkimmer.ragged_attention.reference(q, q, q, cu_seqlens, cu_seqlens, 5, 7, 1.0, None, False)
     assert linear.of_operators() == 2 * 10 * 4 * 6
     assert attention.of_operators() == 2 * 2 * (10 * 7) * 16
+
+
+@pytest.mark.parametrize("predictor", [96, 384])
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0])
+def test_share_of_the_tokens_that_leads_to_a_speedup(predictor: int, speedup: float) -> None:
+    shape = EncoderShape(6, 384, 1536, predictor)
+    lengths = torch.full((100,), 60)
+    falling = torch.linspace(1.5, 0.5, 6) * shape.share_at(speedup)  # [layers]
+    layers = (falling[:, None] * lengths).round().long()
+    assert shape.flops_speedup(lengths, layers) == pytest.approx(speedup, rel=0.06)

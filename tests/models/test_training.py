@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
@@ -35,6 +36,27 @@ def test_the_skim_loss_is_part_of_the_loss(architecture: str) -> None:
     as_tuple = model(**padded_inputs(), labels=LABELS, return_dict=False)
     assert as_tuple[0].item() == pytest.approx(loss.item(), rel=1e-5)
     assert model.eval()(**padded_inputs(), labels=LABELS).loss.item() != loss.item()
+
+
+def test_the_skim_loss_costs_nothing_up_to_its_target() -> None:
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(skim_weight=0.0)).train()
+    undecided_predictors(model)
+
+    def loss(weight: float, target: float) -> Tensor:
+        model.skimming.config.skim_weight, model.skimming.config.skim_target = weight, target
+        set_seed(0)
+        return model(**padded_inputs(), labels=LABELS).loss
+
+    with record_skimming() as records:
+        task = loss(0.0, 0.0).item()
+    share = records[0].skim_loss.item()
+    assert loss(4.0, share - 0.1).item() == pytest.approx(task + 0.4, rel=1e-4)
+    assert loss(4.0, share + 0.1).item() == task
+    last = model.skimming.predictors[0].out.bias
+    for target, heard in ((share - 0.1, True), (share + 0.1, False)):
+        model.zero_grad()
+        (loss(4.0, target) - loss(0.0, 0.0)).backward()
+        assert (float(last.grad.abs().max()) > 1e-6) is heard
 
 
 @every_architecture

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transkimmer import add_skimming
+from transformers import AutoModelForSequenceClassification
+from transkimmer import add_skimming, from_pretrained
 from transkimmer.cli import main
+from transkimmer.flops import EncoderShape
+from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TASKS
 from transkimmer.training import SteadyTrainer
 from transkimmer.training.output import prepare_output
@@ -173,6 +176,15 @@ def test_pruned_training_is_a_setting(
     assert train(backbone, data, tmp_path / "run", "--pruned-training", "--mode", "published") == 2
     assert "pruned_training=True does not go with skim_attention='published'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_aims(tmp_path: Path, backbone: Path, data: Path) -> None:
+    assert train(backbone, data, tmp_path / "run", "--aim", "--flops-speedup", "1.5", "--predictor-width", "8") == 0
+    model = from_pretrained(tmp_path / "run/model", AutoModelForSequenceClassification)
+    config, found = model.config, skimming_of(model).config
+    assert found.predictor_width == 8
+    shape = EncoderShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, 8)
+    assert found.skim_target == pytest.approx(shape.share_at(1.5)) and 0.5 < found.skim_target < 1
 
 
 def test_a_run_from_before_a_setting_existed_is_resumed(tmp_path: Path, backbone: Path, data: Path) -> None:

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="docs/training.md says what each does")
     parser.add_argument("--dense", type=Path, help="start from this dense fine-tune instead of making one")
     parser.add_argument("--calibration", choices=CALIBRATIONS, help="how the threshold is set on held-out rows")
+    parser.add_argument(
+        "--aim",
+        action=argparse.BooleanOptionalAction,
+        help="train towards --flops-speedup: the skim loss counts only above the share of tokens that leads to it",
+    )
     parser.add_argument("--bf16", action="store_true", default=None, help="autocast to bf16")
     parser.add_argument(
         "--pruned-training", action="store_true", default=None, help="remove skimmed tokens in training, too; faster"

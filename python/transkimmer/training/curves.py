@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
+from ..config import SkimConfig
 from ..records import SkimRecord
 
 
@@ -33,14 +34,14 @@ class SkimCurves:
         self.records: list[SkimRecord] = []
         self.task_losses: list[Tensor] = []
 
-    def add(self, step: int, record: SkimRecord, outputs: Any, skim_weight: float) -> None:
+    def add(self, step: int, record: SkimRecord, outputs: Any, config: SkimConfig) -> None:
         """A micro-batch's forward and its outputs; step: what `TrainerState.global_step` will be after it."""
         if step != self.step:
             self.step, self.records, self.task_losses = step, [], []
         self.records.append(record)
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if loss is not None and record.skim_loss is not None:
-            self.task_losses.append(loss.detach() - skim_weight * record.skim_loss.detach())
+            self.task_losses.append(loss.detach() - config.penalty(record.skim_loss.detach()))
 
     def scalars(self, logit_threshold: float) -> dict[str, float]:
         """Name -> value; this is where the host waits for the device.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import SkimConfig
+from ..flops import EncoderShape
 from ..tasks import QuestionTask, Task
 
 # Folder of a run, or of one of its stages, that holds the finished model.
@@ -26,6 +27,8 @@ class Recipe:
         skim_ramp, distillation_weight, predictor_learning_rate: as in `SkimTrainingArguments`.
         predictor_width, bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in
             `SkimConfig`.
+        aim: whether the skim loss counts only above the share of tokens that about leads to `flops_speedup`
+            (`SkimConfig.skim_target`).
         warmup: share of the steps over which learning rates rise.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         doc_stride: as in `QuestionWindows`; None: the task's texts are not read in windows.
@@ -55,6 +58,7 @@ class Recipe:
     bias_init: float = 3.0
     temperature: float = 1.0
     skim_weight: float = 1.0
+    aim: bool = False
     skim_ramp: float = 0.3
     distillation_weight: float = 1.0
     skim_attention: str = "renormalized"
@@ -87,10 +91,13 @@ class Recipe:
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
-    def skim_config(self) -> SkimConfig:
-        """Raises ValueError where a field is out of range."""
+    def skim_config(self, shape: EncoderShape | None = None) -> SkimConfig:
+        """Raises ValueError where a field is out of range. shape: of the encoder, where the recipe aims."""
         names = ("predictor_width", "bias_init", "temperature", "skim_weight", "skim_attention", "pruned_training")
-        return SkimConfig(decision=self.decision, **{name: getattr(self, name) for name in names})
+        config = SkimConfig(decision=self.decision, **{name: getattr(self, name) for name in names})
+        if self.aim and shape is not None:
+            config.skim_target = shape.share_at(self.flops_speedup)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -21,6 +21,7 @@ from transkimmer_kernels.files import write_whole
 
 from ..bench.command import environment
 from ..data import Features, padded_batches, positions_of
+from ..flops import EncoderShape
 from ..loading import from_pretrained
 from ..outputs import logits_in
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
@@ -116,7 +117,8 @@ class Run:
         if self.recipe.distillation_weight and self.recipe.warm_start:
             examples.teacher_logits = logits_of(dense, examples, tokenizer)
         set_seed(self.recipe.seed)
-        model = add_skimming(dense, self.recipe.skim_config())
+        shape = EncoderShape.of(dense.config, self.recipe.predictor_width or dense.config.hidden_size)
+        model = add_skimming(dense, self.recipe.skim_config(shape))
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=True, save_steps=self.save_steps)
         self.seconds["skimming"] = time.perf_counter() - start

@@ -42,7 +42,8 @@ class SkimTrainingArguments(TrainingArguments):
     Args:
         predictor_learning_rate: peak learning rate of the skim predictors. They start saturated (`bias_init`), so they
             need a larger one than the backbone; too large, and everything is skimmed before the task can object.
-        skim_ramp: share of the steps over which the skim weight rises linearly from 0 to its configured value.
+        skim_ramp: share of the steps over which the skim weight rises linearly from 0 to its configured value; with a
+            `skim_target`, over which that falls from 1 instead.
         distillation_weight: weight of the cross-entropy against the teacher's softened predictions, where batches
             carry a `teacher_logits` column.
         distillation_temperature: softening of both sides.
@@ -128,7 +129,8 @@ class SkimTrainer(SteadyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_SkimRamp(skimming_of(self.model).config.skim_weight, self.args.skim_ramp))
+        config = skimming_of(self.model).config
+        self.add_callback(_SkimRamp(config.skim_weight, config.skim_target, self.args.skim_ramp))
         self.curves = follow(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -171,8 +173,7 @@ class SkimTrainer(SteadyTrainer):
         with recording as records:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if records:
-            weight = skimming_of(self.model).config.skim_weight
-            self.curves.add(self.state.global_step + 1, records[-1], outputs, weight)
+            self.curves.add(self.state.global_step + 1, records[-1], outputs, skimming_of(self.model).config)
         if teacher_logits is not None and model.training:
             temperature = self.args.distillation_temperature
             loss = loss + self.args.distillation_weight * distillation_loss(
@@ -183,7 +184,11 @@ class SkimTrainer(SteadyTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.curves.step == self.state.global_step:
             config = skimming_of(self.model).config
-            logs |= {"skim_weight": config.skim_weight, **self.curves.scalars(config.logit_threshold)}
+            logs |= {
+                "skim_weight": config.skim_weight,
+                "skim_target": config.skim_target,
+                **self.curves.scalars(config.logit_threshold),
+            }
         super().log(logs, start_time)
 
 
@@ -202,9 +207,10 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 class _SkimRamp(TrainerCallback):
-    """Raises the skim weight from 0 to its target, so that the task is heard before tokens go."""
+    """Raises the skim weight from 0, or lowers the share to aim at from 1: the task is heard before tokens go."""
 
-    def __init__(self, target: float, ramp: float) -> None:
+    def __init__(self, weight: float, target: float, ramp: float) -> None:
+        self.weight = weight
         self.target = target
         self.ramp = ramp
 
@@ -212,10 +218,16 @@ class _SkimRamp(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ramp_steps = self.ramp * state.max_steps
-        share = 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps)
-        skimming_of(kwargs["model"]).config.skim_weight = self.target * share
+        self._set(kwargs["model"], 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        skimming_of(kwargs["model"]).config.skim_weight = self.target
+        self._set(kwargs["model"], 1.0)
+
+    def _set(self, model: nn.Module, share: float) -> None:
+        config = skimming_of(model).config
+        if self.target:
+            config.skim_target = 1 - share * (1 - self.target)
+        else:
+            config.skim_weight = self.weight * share
