@@ -40,7 +40,7 @@ from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import Rows, kind_of
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
-from transkimmer.training.run import EVALUATION_BATCH, Run, hold_out
+from transkimmer.training.run import EVALUATION_BATCH, SETTINGS, Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
@@ -156,8 +156,8 @@ class Table:
         task, output = TEXT_TASKS[training.task], self.work / training.folder
         warm = training.recipe.warm_start and training.mode != "dense"
         job = Run(task, training.recipe, training.backbone, output, self.data, dense if warm else None)
-        resumed = output.is_dir()
-        prepare_output(job, resume=True)
+        resumed = (output / SETTINGS).is_file()
+        prepare_output(job, resumed)
         document = job.carry_out()
         return job, document, None if resumed else document["seconds"].get("skimming", document["seconds"].get("dense"))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import trainer_utils
 from transkimmer import add_skimming
 from transkimmer.cli import main
 from transkimmer.tasks import TASKS
@@ -122,7 +123,10 @@ def test_a_resumed_run_ends_with_the_same_result(
     cut_off = tmp_path / "parts" / stage / "checkpoint-10"
     shutil.copytree(cut_off.with_name("checkpoint-8"), cut_off)
     (cut_off / "trainer_state.json").unlink()
+    warnings: list[str] = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", warnings.append, raising=False)
     assert train(backbone, data, tmp_path / "parts", "--resume") == 0
+    assert not [warning for warning in warnings if "do not match" in warning]
     whole, parts = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
@@ -169,6 +173,15 @@ def test_what_failed_before_it_trained_leaves_its_folder_free(
     assert train(backbone, tmp_path / "missing", tmp_path / "run") == 2
     assert "no such folder" in capsys.readouterr().err
     assert train(backbone, data, tmp_path / "run", "--limit", "8", "--mode", "dense", "--dense-epochs", "1") == 0
+
+
+def test_there_has_to_be_something_to_resume(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, what in ((tmp_path / "mistyped", "no such folder"), (tmp_path, "holds no run")):
+        assert train(backbone, data, folder, "--resume") == 2
+        assert f"--resume: --output {folder}: {what}; leave out --resume" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists() and not list(tmp_path.iterdir())
 
 
 def test_a_place_to_write_to_is_looked_at_first(
