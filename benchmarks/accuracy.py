@@ -16,6 +16,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -299,6 +300,13 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _speedup(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 1")
+    return value
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task")
@@ -309,7 +317,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument("--speedups", nargs="+", type=_speedup, default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
     parser.add_argument("--minutes", type=float, help="start no training after so long")
     parser.add_argument("--plan", action="store_true", help="print what is left, train nothing")

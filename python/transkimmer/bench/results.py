@@ -73,6 +73,8 @@ class Store:
         self._targets: list[tuple[Path, list[dict[str, Any]]]] = [] if file is None else [(file, [])]
         if folder is not None:
             path = folder / head["device"] / f"{head['date'][:10]}-{head['commit']}.json"
+            if file is not None and file.resolve() == path.resolve():
+                raise ValueError(f"--json {file}: must be another file than that of --results")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._targets.append((path, _stored_rows(path, head["environment"])))
 

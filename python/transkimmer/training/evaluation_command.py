@@ -16,8 +16,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from transkimmer_kernels import KERNELS
 from transkimmer_kernels.files import write_whole
 
+from ..arguments import MODEL as FILES
+from ..arguments import check_folder, check_outputs
 from ..bench import picture, show
 from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
@@ -40,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained model, or a run's --output")
     parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
-    parser.add_argument("--split", default="dev")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-length", type=int, help="default: 512, or the windows of SQuAD, 384")
-    parser.add_argument("--doc-stride", type=int, help="as in training")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing")
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--split", default="dev", help="dev, train, of some tasks others")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows at a time")
+    parser.add_argument(
+        "--max-length", type=int, help="as in training; default: 512, SQuAD 384, whatever it was in training"
+    )
+    parser.add_argument("--doc-stride", type=int, help="as in training (SQuAD); default: 128")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the timing; 0: no timing")
+    parser.add_argument("--kernels", default="auto", help=", ".join(KERNELS))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument(
         "--check-training-forward",
@@ -70,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("json", "markdown", "answers", "html", "png"):
-        path = getattr(arguments, name)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
+    splits = task.hub_splits if arguments.data is None else task.files
+    if arguments.split not in splits:
+        raise ValueError(f"--split {arguments.split}: must be one of {', '.join(splits)} for {task.title}")
+    check_outputs(arguments, ("json", "markdown", "answers", "html", "png"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.png is not None:
@@ -110,8 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 def model_folder(path: Path) -> Path:
     """`path`, or the model within it where it is a run's output."""
     folder = path / MODEL if (path / MODEL).is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--model {path}: has no trained model")
+    check_folder("--model", str(folder), (*FILES, "tokenizer"), "a folder with a trained model, or a run's --output")
     return folder
 
 
