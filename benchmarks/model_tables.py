@@ -80,7 +80,7 @@ def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[
                     f"{skimming['executed_flops_speedup']:.2f}",
                     f"{skimming['wall_clock_speedup']:.2f}",
                     f"**{skimming['skim_efficiency']:.2f}**",
-                    f"{skimming['spread']:.0%}",
+                    _spread(skimming),
                     NOTHING if fastest is None else f"{others[fastest]:.2f} ({short_name(fastest)})",
                     f"{others[PADDED]:.2f}" if PADDED in others else NOTHING,
                     f"{skimming['roofline_share']:.0%}",
@@ -109,13 +109,18 @@ def training_lines(device: Device) -> list[str]:
             step = 1e3 * row["median_s"] / workload["batches"]
             speed = row["speedups"].get(first["contender"], 1.0)
             names = [workload["model"], workload["lengths"], workload["dtype"], str(workload["batch_size"]), name]
-            lines.append(line([*names, f"{step:.0f} ms", f"{row['spread']:.0%}", f"{speed:.2f}", _memory(row)]))
+            lines.append(line([*names, f"{step:.0f} ms", _spread(row), f"{speed:.2f}", _memory(row)]))
     return [*lines, "", "Speed is over the first contender of the workload; a step is forward, backward and AdamW."]
 
 
 def _names(workload: Workload) -> list[str]:
     decisions = "learned" if workload["schedule"] is None else f"synthetic, {workload['schedule']}"
     return [workload["model"], workload["lengths"], decisions, workload["dtype"], str(workload["batch_size"])]
+
+
+def _spread(row: Row) -> str:
+    """Of a single time it is not known; older rows have a 0 there."""
+    return NOTHING if row["spread"] is None or row["repeats"] == 1 else f"{row['spread']:.0%}"
 
 
 def _matrix(groups: Sequence[tuple[Workload, dict[str, Row]]], cell: Callable[[Row], str]) -> list[str]:

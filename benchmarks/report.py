@@ -57,7 +57,7 @@ def schedule_lines(machine: str, results: dict[str, dict[str, Any]]) -> list[str
         skimming, padded = rows[SKIMMING], rows[PADDED]
         over_padded = padded["median_s"] / skimming["median_s"]
         dense = rows[PLAIN]["median_s"] / rows[OURS]["median_s"]
-        spread = f"{skimming['spread']:.0%}"
+        spread = "–" if skimming["spread"] is None else f"{skimming['spread']:.0%}"
         lines.append(_line([task, dtype, *_speedups(skimming), spread, f"{over_padded:.2f}", f"{dense:.2f}"]))
     environment = next(iter(results.values()))["environment"]
     return [

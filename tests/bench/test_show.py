@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transkimmer.bench import command, show, workload
 from transkimmer.bench.contenders import Contender
-from transkimmer.bench.timing import Row, time_in_turn
+from transkimmer.bench.timing import Row, relative_spread, time_in_turn
 
 from transkimmer_kernels import cpu_products, native
 
@@ -20,7 +20,7 @@ from ..models.tiny import VOCABULARY
 ROW = Row("skimming", None, 0.5, 2.0, 2.0, 1.9, 0.95, 1.0, 1.0, 0.02, 3)
 
 
-def _printed(*spreads: float) -> str:
+def _printed(*spreads: float | None) -> str:
     console = Console(file=io.StringIO(), width=150)
     show.print_table(console, [replace(ROW, name=f"row {i}", spread=s) for i, s in enumerate(spreads)], "a title")
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -29,6 +29,12 @@ def _printed(*spreads: float) -> str:
 def test_a_disturbed_run_says_so() -> None:
     assert "measured again" not in _printed(0.02, 0.15)
     assert "Repeats of 'row 1' lie 326% apart" in _printed(0.02, 3.26, 0.2)
+
+
+def test_a_single_round_has_no_spread() -> None:
+    assert relative_spread([2.0]) is None and relative_spread([1.0, 2.0, 2.0]) == 0.5
+    printed = _printed(None, 0.02)
+    assert "│  – │" in printed.replace("┃", "│") and "2%" in printed and "measured again" not in printed
 
 
 def test_depths_are_numbers_where_there_is_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:

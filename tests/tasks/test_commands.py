@@ -79,7 +79,8 @@ def test_a_run_from_start_to_finish(
     assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
     assert found["counted_flops"] == found["executed_flops"] > 0
     assert found["padded_flops_speedup"] > found["flops_speedup"]
-    assert found["wall_clock_speedup"] > 0
+    assert found["wall_clock_speedup"] > 0 and found["spread"] is None
+    assert "| spread of the timing | – |" in capsys.readouterr().out
 
 
 def test_a_picture_of_texts(

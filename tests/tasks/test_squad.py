@@ -309,20 +309,8 @@ def test_a_run_from_start_to_finish(tmp_path: Path, backbone: Path, capsys: pyte
     write_squad(tmp_path / "dev-v2.0.json", animals(9, unanswerable=True))
     run, figures, page = tmp_path / "run", tmp_path / "figures.json", tmp_path / "page.html"
     given = ["--task", "squad2", "--data", str(tmp_path), "--max-length", "20", "--doc-stride", "4"]
-    quick = [
-        "--batch-size",
-        "8",
-        "--epochs",
-        "2",
-        "--dense-epochs",
-        "2",
-        "--flops-speedup",
-        "1",
-        "--bias-init",
-        "1",
-        "--limit",
-        "30",
-    ]
+    quick = ["--batch-size", "8", "--epochs", "2", "--dense-epochs", "2"]
+    quick += ["--flops-speedup", "1", "--bias-init", "1", "--limit", "30"]
     train = ["train", "--backbone", str(backbone), "--output", str(run), *given, *quick]
     assert main(train) == 0
     document = json.loads((run / "run.json").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from .peers import PEERS, Subject
 from .results import Store
 from .setting import Setting, prepare, settings
 from .setting import add_arguments as add_setting
+from .show import spread_text
 from .timing import HOPELESS, Limits
 from .workload import Batch
 
@@ -160,7 +161,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def _time_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """The median is that of one batch."""
     milliseconds = 1e3 * row["median_s"] / row["workload"]["batches"]
-    return f"{milliseconds:.1f} ms", f"{row['spread']:.0%}", str(row["repeats"]), f"{row['tokens_per_s']:,.0f}"
+    return f"{milliseconds:.1f} ms", spread_text(row["spread"]), str(row["repeats"]), f"{row['tokens_per_s']:,.0f}"
 
 
 def _over(rows: Rows, name: str, other: str) -> float | None:

@@ -46,18 +46,23 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
             f"{row.skim_efficiency:.2f}",
             f"{row.agreement:.1%}",
             f"{row.median_s:.3f} s",
-            f"{row.spread:.0%}",
+            spread_text(row.spread),
         )
     return table
+
+
+def spread_text(spread: float | None) -> str:
+    """`–` where it is not known, after a single round."""
+    return "–" if spread is None else f"{spread:.0%}"
 
 
 def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     """The table, and a warning below it where the machine was too busy for its figures to mean much."""
     console.print(table_of(rows, title))
-    widest = max(rows, key=lambda row: row.spread)
-    if widest.spread > DISTURBED:
+    spread, name = max(((row.spread or 0.0, row.name) for row in rows), default=(0.0, ""))
+    if spread > DISTURBED:
         console.print(
-            f"Repeats of '{widest.name}' lie {widest.spread:.0%} apart: something else ran on this machine, and these "
+            f"Repeats of '{name}' lie {spread:.0%} apart: something else ran on this machine, and these "
             "figures should be measured again.",
             style="bold",
         )
