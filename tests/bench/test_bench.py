@@ -156,7 +156,10 @@ def test_a_hopeless_contender_is_timed_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),  # the five tokens of either are read by 3, 1, 2, 1 and 2 layers
-    [("unhappy dog", [("unhappy", 2), ("dog", 1)]), ("dog unhappy", [("dog", 1), ("unhappy", 2)])],
+    [
+        ("unhappy dog", [("unhappy", 2, True), ("dog", 1, True)]),
+        ("dog unhappy", [("dog", 1, True), ("unhappy", 2, True)]),
+    ],
 )
 def test_a_word_is_read_as_long_as_any_piece_of_it(
     tokenizer: PreTrainedTokenizerFast, text: str, expected: list[tuple[str, int]]

@@ -38,7 +38,9 @@ def test_a_single_round_has_no_spread() -> None:
 
 
 def test_depths_are_numbers_where_there_is_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "word_depths", lambda *_: ([("good", 2), ("film", 0)], 1))
+    monkeypatch.setattr(
+        show, "word_depths", lambda *_: ([show.Word("good", 2), show.Word("film", 0), show.Word("!", 1, False)], 1)
+    )
     model = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 2})})
     texts = {}
     for terminal in (False, True):
@@ -47,8 +49,14 @@ def test_depths_are_numbers_where_there_is_no_colour(monkeypatch: pytest.MonkeyP
             console = Console(file=io.StringIO(), width=150, force_terminal=False, _environ={})
         show.print_sentences(console, model, None, ["good film"], ["bad", "good"])  # type: ignore[arg-type]
         texts[terminal] = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "good/2 film/0" in texts[False] and "\x1b" not in texts[False]
+    assert "     good  good/2 film/0 !/1" in texts[False] and "\x1b" not in texts[False]
     assert "/" not in texts[True] and "\x1b" in texts[True]
+    console = Console(file=io.StringIO(), width=150, color_system=None)
+    show.print_sentences(console, model, None, ["good film!"], ["bad", "good"], [0])  # type: ignore[arg-type]
+    assert "predicted good, gold bad\ngood/2" in console.file.getvalue()  # type: ignore[attr-defined]
+    words = [show.Word("good", 2), show.Word("!", 1, False)]
+    assert show.sentence_line(words, 2).plain == "good!"
+    assert show.answer_names(3.25, 4.0, ()) == "predicted 3.25, gold 4.00"
 
 
 def test_no_progress_bar_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,8 @@ def _write_html(
             print_passages(console, model, tokenizer, kind, questions, max_length)
         elif isinstance(kind, TextKind):
             texts = [(example.text, example.pair) for example in examples[:SHOWN]]
-            show.print_sentences(console, model, tokenizer, texts, kind.task.classes or ("score",))
+            gold = [example.label for example in examples[:SHOWN]]
+            show.print_sentences(console, model, tokenizer, texts, kind.task.classes, gold)
     show.save_html(console, path)
 
 
@@ -237,12 +238,11 @@ def _draw(
     if isinstance(kind, QuestionKind):
         for question in itertools.islice(of_different_passages(examples), DRAWN):
             found = read_passage(model, tokenizer, kind, question, max_length)
-            words = [(question.passage[start:end], depth) for start, end, depth in found.words]
-            marked = found.marked_words()
-            texts.append(picture.ColouredText(words, found.answer.text if found.answer else "no answer", marked))
+            title = f"{question.text.strip()} {found.answers()}"
+            texts.append(picture.ColouredText(found.shown_words(), title, found.marked_words()))
     elif isinstance(kind, TextKind):
-        names = kind.task.classes or ("score",)
         for example in examples[:DRAWN]:
             words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
-            texts.append(picture.ColouredText(words, names[predicted]))
+            title = show.answer_names(predicted, example.label, kind.task.classes)
+            texts.append(picture.ColouredText(words, title))
     picture.draw(path, [text for text in texts if text.words], model.config.num_hidden_layers)
