@@ -331,7 +331,7 @@ def test_a_run_from_start_to_finish(tmp_path: Path, backbone: Path, capsys: pyte
     assert found["metrics"] == document["dev"]["threshold"]["metrics"]
     assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
     assert found["wall_clock_speedup"] > 0
-    assert len(re.findall(r"\(right: ", page.read_text(encoding="utf-8"))) == 9
+    assert len(re.findall(r"\(gold: ", page.read_text(encoding="utf-8"))) == 9
     assert main(["evaluate", "--model", str(run), "--task", "sst2", "--data", str(tmp_path)]) == 2
     assert "is a BertForQuestionAnswering, SST-2 needs a model ForSequenceClassification" in capsys.readouterr().err
 

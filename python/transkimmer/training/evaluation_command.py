@@ -37,6 +37,7 @@ from .passages import of_different_passages, print_passages, read_passage
 from .recipe import MODEL, recipe_of
 
 SHOWN, DRAWN = 16, 8
+OUTPUTS = ("json", "markdown", "answers", "html", "png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     splits = task.hub_splits if arguments.data is None else task.files
     if arguments.split not in splits:
         raise ValueError(f"--split {arguments.split}: must be one of {', '.join(splits)} for {task.title}")
-    check_outputs(arguments, ("json", "markdown", "answers", "html", "png"))
+    check_outputs(arguments, OUTPUTS)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.png is not None:
@@ -109,6 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         _write_html(arguments.html, model, tokenizer, kind, examples, max_length)
     if arguments.png is not None:
         _draw(arguments.png, model, tokenizer, kind, examples, max_length)
+    for name in OUTPUTS:
+        if (path := getattr(arguments, name)) is not None:
+            print(f"wrote {path}")
     return 0
 
 

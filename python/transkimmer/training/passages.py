@@ -38,9 +38,9 @@ class ReadPassage:
     next_best: list[Answer]
 
     def answers(self) -> str:
-        """`predicted: Paris, gold: Rome | in Rome`."""
+        """`predicted: Paris; gold: Rome | in Rome`."""
         predicted = "no answer" if self.answer is None else self.answer.text
-        return f"predicted: {predicted}, gold: {' | '.join(dict.fromkeys(self.question.answers)) or 'no answer'}"
+        return f"predicted: {predicted}; gold: {' | '.join(dict.fromkeys(self.question.answers)) or 'no answer'}"
 
     def shown_words(self) -> list[show.Word]:
         """Words as they are drawn."""
@@ -108,7 +108,7 @@ def print_passages(
         console.print(
             Text(question.text.strip(), style="bold")
             .append(f"  {answer}  ", _MARK)
-            .append(f"(right: {given}; then: {others})")
+            .append(f"(gold: {given}; next best: {others})")
         )
         console.print(passage_text(found, layers))
 
