@@ -1,7 +1,7 @@
 """Accuracy against speed on real tasks: trains every configuration of a table and adds its rows to `accuracy.csv`.
 
     python -m benchmarks.accuracy --data DATA [--tasks mrpc rte] [--modes dense corrected] [--seeds 1 2] [--minutes 60]
-    python -m benchmarks.accuracy --data DATA --plan      # what is left, and how long it may take
+    python -m benchmarks.accuracy [--data DATA] --plan    # what is left, and how long it may take
     python -m benchmarks.accuracy --data DATA --time      # adds wall-clock columns where the model was kept (--keep)
 
 DATA holds a folder per task. A dense fine-tune is made once for a task and a seed; skimming trainings start from it.
@@ -16,6 +16,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -40,7 +41,7 @@ from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import Rows, kind_of
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
-from transkimmer.training.run import EVALUATION_BATCH, Run, hold_out
+from transkimmer.training.run import EVALUATION_BATCH, SETTINGS, Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
@@ -109,7 +110,7 @@ class Table:
     """Carries out trainings and keeps their rows."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.data: Path = arguments.data
+        self.data: Path | None = arguments.data
         self.results: Path = arguments.results
         self.work: Path = arguments.work
         self.speedups: list[float] = sorted(arguments.speedups)
@@ -157,8 +158,8 @@ class Table:
         task, output = TEXT_TASKS[training.task], self.work / training.folder
         warm = training.recipe.warm_start and training.mode != "dense"
         job = Run(task, training.recipe, training.backbone, output, self.data, dense if warm else None)
-        resumed = output.is_dir()
-        prepare_output(job, resume=True)
+        resumed = (output / SETTINGS).is_file()
+        prepare_output(job, resumed)
         document = job.carry_out()
         return job, document, None if resumed else document["seconds"].get("skimming", document["seconds"].get("dense"))
 
@@ -250,23 +251,43 @@ class Table:
             shutil.rmtree(self.work / training.dense.folder, ignore_errors=True)
 
     def estimates(self, trainings: Sequence[Training]) -> list[float | None]:
-        """Seconds each of `trainings` may take, by the rate of stored rows; None where there are none to go by."""
-        rates: dict[str, list[float]] = {}
-        for row in accuracy_rows.read(self.results):
-            same = [t for t in trainings if t.task == row["task"] and t.name == row["backbone"]]
-            if row["seconds_train"] and same:
-                mode = row["mode"].split()[0]
-                training = Training(row["task"], mode, int(row["seed"]), same[0].backbone, row["backbone"])
-                rates.setdefault(row["backbone"], []).append(float(row["seconds_train"]) / self._work_of(training))
-        return [
-            statistics.median(rates[training.name]) * self._work_of(training) if training.name in rates else None
-            for training in trainings
-        ]
+        """Seconds each of `trainings` may take, None where there is nothing to go by.
+
+        By stored rows of the same task and mode, which needs no data; else by the rate of the backbone's other rows.
+        """
+        rows = [row for row in accuracy_rows.read(self.results) if row["seconds_train"]]
+        same: dict[tuple[str, ...], list[float]] = {}
+        for row in rows:
+            same.setdefault((row["backbone"], row["task"], row["mode"]), []).append(float(row["seconds_train"]))
+        rates: dict[str, float | None] = {}
+        found: list[float | None] = []
+        for training in trainings:
+            if known := same.get((training.name, training.task, str(training.columns["mode"]))):
+                found.append(statistics.median(known))
+                continue
+            if training.name not in rates:
+                rates[training.name] = self._rate(training, rows)
+            rate = rates[training.name]
+            found.append(None if rate is None else rate * self._work_of(training))
+        return found
+
+    def _rate(self, training: Training, rows: Sequence[accuracy_rows.Row]) -> float | None:
+        """Seconds per `_work_of` of what is stored for the training's backbone; None without rows or data."""
+        rows = [row for row in rows if row["backbone"] == training.name]
+        if not rows or self.data is None:
+            return None
+        rates = []
+        for row in rows:
+            mode = row["mode"].split()[0]
+            stored = Training(row["task"], mode, int(row["seed"]), training.backbone, training.name)
+            rates.append(float(row["seconds_train"]) / self._work_of(stored))
+        return statistics.median(rates)
 
     def _work_of(self, training: Training) -> float:
         """Epochs times characters, to which the time of a training is roughly proportional."""
         recipe = training.recipe
         epochs = recipe.dense_epochs if training.mode == "dense" else recipe.epochs
+        assert self.data is not None
         return epochs * _characters(training.task, self.data)
 
 
@@ -307,9 +328,16 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _speedup(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 1")
+    return value
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.accuracy", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task")
+    parser.add_argument("--data", type=Path, help="folder with a folder per task; --plan does without, if need be")
     parser.add_argument("--backbone", help="pretrained encoder, folder or hub name; default: the installed MiniLM")
     parser.add_argument("--name", help="what the rows call the backbone; default: the last part of --backbone")
     parser.add_argument(
@@ -317,7 +345,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument("--speedups", nargs="+", type=_speedup, default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
     parser.add_argument("--minutes", type=float, help="start no training after so long")
     parser.add_argument("--plan", action="store_true", help="print what is left, train nothing")
@@ -327,10 +355,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK, help="folder for models and checkpoints")
     arguments = parser.parse_args(argv)
+    if arguments.data is None and not arguments.plan:
+        parser.error("--data: is needed but for --plan")
     if arguments.backbone is None:
         arguments.backbone, arguments.name = str(backbone_folder()), arguments.name or "all-MiniLM-L6-v2"
     arguments.name = arguments.name or Path(arguments.backbone).name
     return arguments
+
+
+def print_plan(left: Sequence[Training], estimates: Sequence[float | None]) -> None:
+    for training, seconds in zip(left, estimates, strict=True):
+        print(f"{training.folder}: {'?' if seconds is None else f'about {seconds:.0f}'} s")
+    known = [seconds for seconds in estimates if seconds is not None]
+    unknown = f", {len(left) - len(known)} of them not known" if len(known) < len(left) else ""
+    print(f"total of {len(left)}: about {sum(known):.0f} s ({sum(known) / 3600:.1f} h){unknown}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -344,8 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     left = [training for training in trainings if table.row_of(training) is None]
     if arguments.plan:
-        for training, seconds in zip(left, table.estimates(left), strict=True):
-            print(f"{training.folder}: {'?' if seconds is None else f'about {seconds:.0f}'} s")
+        print_plan(left, table.estimates(left))
         return
     for training in list(left):
         if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:

@@ -80,7 +80,7 @@ def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[
                     f"{skimming['executed_flops_speedup']:.2f}",
                     f"{skimming['wall_clock_speedup']:.2f}",
                     f"**{skimming['skim_efficiency']:.2f}**",
-                    f"{skimming['spread']:.0%}",
+                    _spread(skimming),
                     NOTHING if fastest is None else f"{others[fastest]:.2f} ({short_name(fastest)})",
                     f"{others[PADDED]:.2f}" if PADDED in others else NOTHING,
                     f"{skimming['roofline_share']:.0%}",
@@ -110,7 +110,7 @@ def training_lines(device: Device) -> list[str]:
             speed = row["speedups"].get(first["contender"], 1.0)
             names = [workload["model"], workload["lengths"], workload["dtype"], str(workload["batch_size"]), name]
             kept = NOTHING if row.get("tokens_kept") is None else f"{row['tokens_kept']:.0%}"
-            times = [f"{step:.0f} ms", f"{row['spread']:.0%}", f"{speed:.2f}"]
+            times = [f"{step:.0f} ms", _spread(row), f"{speed:.2f}"]
             lines.append(line([*names, *times, kept, _memory(row)]))
     return [
         *(*lines, ""),
@@ -122,6 +122,11 @@ def training_lines(device: Device) -> list[str]:
 def _names(workload: Workload) -> list[str]:
     decisions = "learned" if workload["schedule"] is None else f"synthetic, {workload['schedule']}"
     return [workload["model"], workload["lengths"], decisions, workload["dtype"], str(workload["batch_size"])]
+
+
+def _spread(row: Row) -> str:
+    """Of a single time it is not known; older rows have a 0 there."""
+    return NOTHING if row["spread"] is None or row["repeats"] == 1 else f"{row['spread']:.0%}"
 
 
 def _matrix(groups: Sequence[tuple[Workload, dict[str, Row]]], cell: Callable[[Row], str]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from transkimmer_kernels import BackendUnavailable
 
 from . import __version__
+from .arguments import as_option, say_defaults
 
 # What the extra `train` installs.
 TRAINING_PACKAGES = ("accelerate", "datasets", "sklearn", "scipy")
@@ -34,15 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
+    say_defaults(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = build_parser().parse_args(arguments)
+    parser, words = build_parser(), list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parser.parse_args(words)
+    part = getattr(parsed, "part", None)  # of `bench`; its own options would replace those before it
+    if part is not None and words[1] != part:
+        parser.error(f"{parsed.command} {part}: options must stand behind {part!r}, not before it")
     try:
         return parsed.run(parsed)
     except (ValueError, OSError, BackendUnavailable) as error:
-        print(f"transkimmer {parsed.command}: {error}", file=sys.stderr)
+        print(f"transkimmer {parsed.command}: {as_option(str(error), parsed)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in TRAINING_PACKAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -249,6 +250,24 @@ def test_peak_memory_sees_a_large_tensor() -> None:
     assert counters.PeakMemory("cpu").peak() is not None
 
 
+def test_peak_memory_is_not_short_of_what_others_left_behind() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the system does not tell a process its resident memory")
+    gc.disable()
+    try:
+        left: list[object] = [torch.ones(2**24)]  # 64 MiB, in a cycle
+        left.append(left)
+        del left
+        watch = counters.PeakMemory("cpu")
+        own = torch.ones(2**24)
+        gc.collect()  # at any time
+        watch.reset()
+        assert 60 * 2**20 < watch.peak() < 200 * 2**20
+        del own
+    finally:
+        gc.enable()
+
+
 def test_launches_and_waits_are_counted_inside_the_marked_range() -> None:
     def at(start: float, end: float) -> SimpleNamespace:
         return SimpleNamespace(start=start, end=end)
@@ -325,6 +344,26 @@ def test_rows_are_stored_by_device_day_and_commit(
     assert "holds rows of another environment" in capsys.readouterr().err
 
 
+def test_figures_stay_where_a_contender_is_left_out_later() -> None:
+    def row(contender: str, **values: object) -> dict[str, object]:
+        return {"kind": "model", "workload": {"batch_size": 1}, "contender": contender, "note": None} | values
+
+    before = [row("a", median_s=1.0), row("b", note="not installed"), row("c", median_s=3.0)]
+    absent = row("a", note="left out: --without a")
+    assert results.merge(before, [absent, row("b", median_s=2.0), row("c", median_s=4.0)]) == [
+        before[0],
+        row("b", median_s=2.0),
+        row("c", median_s=4.0),
+    ]
+    assert results.merge([row("a", note="not installed")], [absent]) == [absent]
+
+
+def test_one_file_is_not_written_twice(tmp_path: Path) -> None:
+    (path,) = results.Store("cpu", folder=tmp_path).paths
+    with pytest.raises(ValueError, match="must be another file than that of --results"):
+        results.Store("cpu", file=path, folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -333,7 +372,7 @@ def test_rows_are_stored_by_device_day_and_commit(
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--slow", "1"], "--slow 1.0: must be above 1"),
         (["--model", "demo"], "--schedule 1,0.6,0.2: the demo model's decisions are learned"),
-        (["--kernels", "fast"], "kernels='fast': must be one of"),
+        (["--kernels", "fast"], "--kernels fast: must be one of"),
         pytest.param(
             ["--device", "cuda"],
             "--device cuda: torch sees no CUDA device",

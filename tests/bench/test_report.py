@@ -38,6 +38,7 @@ def documents() -> list[dict[str, Any]]:
         for name, seconds in (("skimming", 1.0), (OURS, 2.0), (PADDED, 6.25), (PLAIN, 4.5))
     ]
     rows[2]["repeats"] = 1
+    rows[0]["spread"] = None
     absent = {"kind": "model", "workload": workload(), "contender": "absent", "note": "not installed"}
     layer = {"layer": 0, "tokens": 60, "decision_s": 0.1, "layer_s": 0.5}
     profile = {"kind": "profile", "workload": workload(), "contender": "skimming", "layers": [layer, layer]}
@@ -79,6 +80,7 @@ def test_the_page(device: runs.Device) -> None:
     assert "| model | lengths | dtype | batch | skimming | ours | Hugging Face SDPA | plain PyTorch |" in page
     assert "| bert-base-shape | mrpc | fp32 | 1 | 1,234 | 617 | 198* | 274 |" in page
     assert "| bert-base-shape | mrpc | fp32 | 8 | 16 | 16 | 16 | 16 |" in page
+    assert "| 1 | 3.00 | 2.00 | **0.67** | – |" in page
     assert "- absent: not installed" in page and "commit aaa, bbb" in page
     assert "| bert-base-shape | mrpc | fp32 | 8 | packed | 1000 ms | 10% | 2.00 | – |" in page
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transkimmer.bench import command, show, workload
 from transkimmer.bench.contenders import Contender
-from transkimmer.bench.timing import Row, time_in_turn
+from transkimmer.bench.timing import Row, relative_spread, time_in_turn
 
 from transkimmer_kernels import cpu_products, native
 
@@ -20,7 +20,7 @@ from ..models.tiny import VOCABULARY
 ROW = Row("skimming", None, 0.5, 2.0, 2.0, 1.9, 0.95, 1.0, 1.0, 0.02, 3)
 
 
-def _printed(*spreads: float) -> str:
+def _printed(*spreads: float | None) -> str:
     console = Console(file=io.StringIO(), width=150)
     show.print_table(console, [replace(ROW, name=f"row {i}", spread=s) for i, s in enumerate(spreads)], "a title")
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -31,8 +31,16 @@ def test_a_disturbed_run_says_so() -> None:
     assert "Repeats of 'row 1' lie 326% apart" in _printed(0.02, 3.26, 0.2)
 
 
+def test_a_single_round_has_no_spread() -> None:
+    assert relative_spread([2.0]) is None and relative_spread([1.0, 2.0, 2.0]) == 0.5
+    printed = _printed(None, 0.02)
+    assert "│  – │" in printed.replace("┃", "│") and "2%" in printed and "measured again" not in printed
+
+
 def test_depths_are_numbers_where_there_is_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "word_depths", lambda *_: ([("good", 2), ("film", 0)], 1))
+    monkeypatch.setattr(
+        show, "word_depths", lambda *_: ([show.Word("good", 2), show.Word("film", 0), show.Word("!", 1, False)], 1)
+    )
     model = type("Model", (), {"config": type("Config", (), {"num_hidden_layers": 2})})
     texts = {}
     for terminal in (False, True):
@@ -41,8 +49,14 @@ def test_depths_are_numbers_where_there_is_no_colour(monkeypatch: pytest.MonkeyP
             console = Console(file=io.StringIO(), width=150, force_terminal=False, _environ={})
         show.print_sentences(console, model, None, ["good film"], ["bad", "good"])  # type: ignore[arg-type]
         texts[terminal] = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "good/2 film/0" in texts[False] and "\x1b" not in texts[False]
+    assert "     good  good/2 film/0 !/1" in texts[False] and "\x1b" not in texts[False]
     assert "/" not in texts[True] and "\x1b" in texts[True]
+    console = Console(file=io.StringIO(), width=150, color_system=None)
+    show.print_sentences(console, model, None, ["good film!"], ["bad", "good"], [0])  # type: ignore[arg-type]
+    assert "predicted good, gold bad\ngood/2" in console.file.getvalue()  # type: ignore[attr-defined]
+    words = [show.Word("good", 2), show.Word("!", 1, False)]
+    assert show.sentence_line(words, 2).plain == "good!"
+    assert show.answer_names(3.25, 4.0, ()) == "predicted 3.25, gold 4.00"
 
 
 def test_no_progress_bar_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from benchmarks import accuracy, accuracy_rows
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
 
-QUICK = {"dense_epochs": 2.0, "epochs": 2.0, "batch_size": 8}
+QUICK = {"dense_epochs": 2.0, "epochs": 2.0, "batch_size": 8, "bias_init": 1.0}
 
 
 @pytest.fixture
@@ -35,17 +35,16 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(accuracy, "size_settings", lambda backbone, mode: QUICK)
     places = {"--data": "data", "--backbone": "tiny", "--results": "accuracy.csv", "--work": "work"}
     named = [part for option, place in places.items() for part in (option, str(tmp_path / place))]
-    return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "0.8", "99"]
+    return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "1", "99"]
 
 
 def test_every_training_gives_its_rows_and_leaves_nothing_else(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     accuracy.main([*arguments, "--plan"])
-    assert capsys.readouterr().out.splitlines() == [
-        f"tiny/rte/{name}: ? s"
-        for name in ("dense-seed1", "corrected-seed1-skim_weight=1.0", "published-seed1-skim_weight=0.8")
-    ]
+    names = ("dense-seed1", "corrected-seed1-skim_weight=1.0", "published-seed1-skim_weight=0.8")
+    total = "total of 3: about 0 s (0.0 h), 3 of them not known"
+    assert capsys.readouterr().out.splitlines() == [*(f"tiny/rte/{name}: ? s" for name in names), total]
     accuracy.main([*arguments, "--modes", "dense", "corrected"])
     assert "skims to" in capsys.readouterr().err  # a speedup of 99 is out of reach
     rows = accuracy_rows.read(tmp_path / "accuracy.csv")
@@ -54,7 +53,7 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
         ("dense", "", ""),
         ("corrected", "argmax", ""),
         ("corrected", "sample", ""),
-        ("corrected", "threshold", "0.8"),
+        ("corrected", "threshold", "1"),
     ]
     assert all(row["metric"] == "accuracy" and row["dense"] == rows[0]["value"] for row in rows)
     assert [row["forward_value"] == row["value"] for row in rows if row["forward_value"]] == [True]
@@ -66,7 +65,17 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
         assert float(row["flops_speedup_padded"]) > 10 * float(row["flops_speedup"])
     assert not list((tmp_path / "work").rglob("*.safetensors"))
     accuracy.main([*arguments, "--plan"])
-    assert capsys.readouterr().out.startswith("tiny/rte/published-seed1-skim_weight=0.8: about")
+    first, total = capsys.readouterr().out.splitlines()
+    assert first.startswith("tiny/rte/published-seed1-skim_weight=0.8: about") and total.startswith(
+        "total of 1: about "
+    )
+    without_data = [*arguments[2:], "--plan", "--seeds", "2"]
+    accuracy.main(without_data)  # by the rows of the other seed
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1][:5] for line in lines] == ["about", "about", "? s", "about"]
+    with pytest.raises(SystemExit):
+        accuracy.main(arguments[2:])
+    assert "--data: is needed but for --plan" in capsys.readouterr().err
 
 
 class _Killed(BaseException):

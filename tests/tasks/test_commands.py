@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, trainer_utils
 from transkimmer import add_skimming, from_pretrained
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
@@ -25,7 +25,8 @@ from transkimmer.training.run import SETTINGS, Run
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
 
-QUICK = ["--batch-size", "8", "--epochs", "3", "--dense-epochs", "2", "--save-steps", "4", "--flops-speedup", "0.9"]
+QUICK = ["--batch-size", "8", "--epochs", "3", "--dense-epochs", "2", "--save-steps", "4"]
+QUICK += ["--flops-speedup", "1", "--bias-init", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,9 @@ def test_a_run_from_start_to_finish(
     assert found["training_forward"]["metrics"] == found["metrics"] and found["training_forward"]["agreement"] == 1
     assert found["counted_flops"] == found["executed_flops"] > 0
     assert found["padded_flops_speedup"] > found["flops_speedup"]
-    assert found["wall_clock_speedup"] > 0
+    assert found["wall_clock_speedup"] > 0 and found["spread"] is None
+    printed = capsys.readouterr().out
+    assert "| spread of the timing | – |" in printed and printed.endswith(f"wrote {figures}\n")
 
 
 def test_a_picture_of_texts(
@@ -128,7 +131,10 @@ def test_a_resumed_run_ends_with_the_same_result(
     cut_off = tmp_path / "parts" / stage / "checkpoint-10"
     shutil.copytree(cut_off.with_name("checkpoint-8"), cut_off)
     (cut_off / "trainer_state.json").unlink()
+    warnings: list[str] = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", warnings.append, raising=False)
     assert train(backbone, data, tmp_path / "parts", "--resume") == 0
+    assert not [warning for warning in warnings if "do not match" in warning]
     whole, parts = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
@@ -209,6 +215,15 @@ def test_what_failed_before_it_trained_leaves_its_folder_free(
     assert train(backbone, tmp_path / "missing", tmp_path / "run") == 2
     assert "no such folder" in capsys.readouterr().err
     assert train(backbone, data, tmp_path / "run", "--limit", "8", "--mode", "dense", "--dense-epochs", "1") == 0
+
+
+def test_there_has_to_be_something_to_resume(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, what in ((tmp_path / "mistyped", "no such folder"), (tmp_path, "holds no run")):
+        assert train(backbone, data, folder, "--resume") == 2
+        assert f"--resume: --output {folder}: {what}; leave out --resume" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists() and not list(tmp_path.iterdir())
 
 
 def test_a_place_to_write_to_is_looked_at_first(

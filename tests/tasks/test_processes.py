@@ -20,7 +20,8 @@ from .test_commands import backbone, data
 __all__ = ["backbone", "data"]  # fixtures
 
 # 7 steps an epoch, a checkpoint after every tenth.
-LONG = ["--batch-size", "8", "--dense-epochs", "1", "--epochs", "20", "--save-steps", "10", "--flops-speedup", "0.8"]
+LONG = ["--batch-size", "8", "--dense-epochs", "1", "--epochs", "20", "--save-steps", "10"]
+LONG += ["--flops-speedup", "1", "--bias-init", "1"]
 PATIENCE_S = 600
 
 
@@ -64,7 +65,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_train_one_model(tmp_path: Path, backbone: Path, data: Path) -> None:
-    few = ["--batch-size", "4", "--dense-epochs", "1", "--epochs", "2", "--flops-speedup", "0.8"]
+    few = ["--batch-size", "4", "--dense-epochs", "1", "--epochs", "2", "--flops-speedup", "1", "--bias-init", "1"]
     arguments = [*command(backbone, data, tmp_path / "run"), *few]
     found = torchrun(*arguments)
     assert found.returncode == 0, found.stderr

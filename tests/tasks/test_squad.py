@@ -309,7 +309,8 @@ def test_a_run_from_start_to_finish(tmp_path: Path, backbone: Path, capsys: pyte
     write_squad(tmp_path / "dev-v2.0.json", animals(9, unanswerable=True))
     run, figures, page = tmp_path / "run", tmp_path / "figures.json", tmp_path / "page.html"
     given = ["--task", "squad2", "--data", str(tmp_path), "--max-length", "20", "--doc-stride", "4"]
-    quick = ["--batch-size", "8", "--epochs", "2", "--dense-epochs", "2", "--flops-speedup", "0.9", "--limit", "30"]
+    quick = ["--batch-size", "8", "--epochs", "2", "--dense-epochs", "2"]
+    quick += ["--flops-speedup", "1", "--bias-init", "1", "--limit", "30"]
     train = ["train", "--backbone", str(backbone), "--output", str(run), *given, *quick]
     assert main(train) == 0
     document = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -330,7 +331,7 @@ def test_a_run_from_start_to_finish(tmp_path: Path, backbone: Path, capsys: pyte
     assert found["metrics"] == document["dev"]["threshold"]["metrics"]
     assert found["training_forward"]["max_difference"] <= 1e-4 * found["training_forward"]["max_logit"]
     assert found["wall_clock_speedup"] > 0
-    assert len(re.findall(r"\(right: ", page.read_text(encoding="utf-8"))) == 9
+    assert len(re.findall(r"\(gold: ", page.read_text(encoding="utf-8"))) == 9
     assert main(["evaluate", "--model", str(run), "--task", "sst2", "--data", str(tmp_path)]) == 2
     assert "is a BertForQuestionAnswering, SST-2 needs a model ForSequenceClassification" in capsys.readouterr().err
 

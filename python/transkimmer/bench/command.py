@@ -14,9 +14,10 @@ import torch
 import transformers
 from rich.console import Console
 
-from transkimmer_kernels import cpu_products, kernel_set, native
+from transkimmer_kernels import KERNELS, cpu_products, kernel_set, native
 from transkimmer_kernels.files import write_whole
 
+from ..arguments import check_outputs
 from ..config import SkimConfig
 from ..data import sample_path
 from ..skimming import add_skimming
@@ -30,7 +31,11 @@ SENTENCES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help="demo, bert-base-shape (random weights), hub name or folder")
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help=f"demo, {', '.join(workload.RANDOM_SHAPES)} (random weights), hub name or folder",
+    )
     parser.add_argument(
         "--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; not for the demo"
     )
@@ -38,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", help="with --schedule: mrpc, sst2, rte, imdb, squad2, or a text file (needs --tokenizer)"
     )
     parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file")
-    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--max-length", type=int, default=512, help="tokens; longer texts are cut")
     parser.add_argument("--batch-size", type=int, default=None, help="default 32 for the demo, 16 with --schedule")
     parser.add_argument("--batches", type=int, default=None, help="default: all for the demo, 4 with --schedule")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of the timing")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kernels", default="auto", help=", ".join(KERNELS))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write what is printed as one HTML page")
@@ -57,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    check_outputs(arguments, ("json", "html"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     console = Console(record=arguments.html is not None, width=None if os.isatty(1) else 150)

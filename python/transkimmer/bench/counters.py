@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class PeakMemory:
 
     def reset(self) -> None:
         """From here on the peak counts: what building took and gave back does not."""
+        gc.collect()
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif _RESET.exists():
@@ -44,6 +46,9 @@ class PeakMemory:
         return None if highest is None or self._before is None else max(0, highest - self._before)
 
     def _now(self) -> int | None:
+        # A model with skimming is in a cycle. One of an earlier contender, collected only while this one is built,
+        # would be taken for memory that this one gave back.
+        gc.collect()
         if self._cuda:
             synchronize("cuda")
             return torch.cuda.memory_allocated()

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..arguments import check_outputs
 from . import model, training
 from .contenders import SKIMMING
 from .field import Field
@@ -18,6 +19,7 @@ from .peers import PEERS, Subject
 from .results import Store
 from .setting import Setting, prepare, settings
 from .setting import add_arguments as add_setting
+from .show import spread_text
 from .timing import HOPELESS, Limits
 from .workload import Batch
 
@@ -29,7 +31,7 @@ Rows = Sequence[dict[str, Any]]
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
     """Adds the sub-commands to the parser of `bench`, which without one times the demo or a schedule."""
-    commands = bench.add_subparsers(metavar="{model,training}", required=False)
+    commands = bench.add_subparsers(dest="part", metavar="{model,training}", required=False)
     text = "time one model against every peer: Hugging Face, torch.compile, nested tensors, ONNX Runtime, OpenVINO"
     parser = commands.add_parser("model", help=text, description=text)
     _add_common(parser)
@@ -45,7 +47,7 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, many=True)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of the timing")
     parser.add_argument(
         "--slow", type=float, default=HOPELESS, metavar="TIMES", help="this much slower than ours, dense: timed once"
     )
@@ -95,10 +97,11 @@ def _run(
     measure: Callable[[Setting, Subject, Sequence[Batch]], Rows],
     table_of: Callable[[Rows, str], Table],
 ) -> int:
+    check_outputs(arguments, ("json",))
     console, store = console_of(), None
     for setting in settings(arguments):
-        store = store or Store(setting.device, file=arguments.json, folder=arguments.results)
         setting, subject, batches = prepare(setting, arguments.kernels)
+        store = store or Store(setting.device, file=arguments.json, folder=arguments.results)
         rows = measure(setting, subject, batches)
         store.add(rows)
         console.print(table_of(rows, str(setting)))
@@ -159,7 +162,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def _time_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """The median is that of one batch."""
     milliseconds = 1e3 * row["median_s"] / row["workload"]["batches"]
-    return f"{milliseconds:.1f} ms", f"{row['spread']:.0%}", str(row["repeats"]), f"{row['tokens_per_s']:,.0f}"
+    return f"{milliseconds:.1f} ms", spread_text(row["spread"]), str(row["repeats"]), f"{row['tokens_per_s']:,.0f}"
 
 
 def _over(rows: Rows, name: str, other: str) -> float | None:

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .show import colour
+from .show import Word, colour
 
 WIDTH, DPI, SIZE = 10.0, 120, 9.0  # inches, pixels per inch, points
 _LINE = 1.6 * SIZE / 72  # inches from line to line
-_MARGIN, _INDENT = 0.15, 0.9  # inches; texts start behind their titles
+_MARGIN, _INDENT = 0.15, 0.4  # inches; texts stand below their titles
 _MARK = "#fff3b0"  # behind marked words
 
 
 @dataclass(frozen=True)
 class ColouredText:
-    """words: each with the number of layers that read it; title: stands in front; marked: which words to set off."""
+    """title: stands above the words; marked: which words to set off."""
 
-    words: Sequence[tuple[str, int]]
+    words: Sequence[Word]
     title: str = ""
     marked: Collection[int] = ()
 
@@ -46,7 +46,7 @@ def draw(path: Path, texts: Sequence[ColouredText], layers: int) -> None:
     """
     if not texts or not all(text.words for text in texts):
         raise ValueError(f"texts: {len(texts)} of them, some perhaps empty: there must be words to draw")
-    deepest = max(depth for text in texts for _, depth in text.words)
+    deepest = max(word.depth for text in texts for word in text.words)
     if deepest > layers:
         raise ValueError(f"layers={layers}: a word was read by {deepest}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -81,11 +81,14 @@ class _Page:
 
     def text(self, text: ColouredText, layers: int) -> None:
         self.y += 0.4 * _LINE
-        if text.title:
-            self.word(text.title, "black")
         start = _INDENT if text.title else _MARGIN
-        self.x = max(self.x, start)
-        for place, (word, depth) in enumerate(text.words):
+        for part in text.title.split():
+            self.word(part, "black")
+        if text.title:
+            self._new_line(start)
+        for place, (word, depth, spaced) in enumerate(text.words):
+            if not spaced and self.x > start:
+                self.x -= self.space
             self.word(word, colour(depth, layers), bold=depth == layers, mark=place in text.marked, indent=start)
         self._new_line(_MARGIN)
 

@@ -18,7 +18,7 @@ from .command import environment
 from .peers import PEERS, versions
 
 SCHEMA = 1
-# What tells rows apart: a row of the same kind, workload and contender takes the place of an older one.
+# What tells rows apart: one of the same kind, workload and contender takes the place of an older one (see `merge`).
 _IDENTITY = ("kind", "workload", "contender")
 
 
@@ -63,7 +63,7 @@ class Store:
     Args:
         device: "cpu" or "cuda".
         file: written anew.
-        folder: gets `<device>/<date>-<commit>.json`; rows of other workloads that it holds stay.
+        folder: gets `<device>/<date>-<commit>.json`; rows that it holds stay where they are not measured again.
     """
 
     def __init__(self, device: str, *, file: Path | None = None, folder: Path | None = None) -> None:
@@ -73,6 +73,8 @@ class Store:
         self._targets: list[tuple[Path, list[dict[str, Any]]]] = [] if file is None else [(file, [])]
         if folder is not None:
             path = folder / head["device"] / f"{head['date'][:10]}-{head['commit']}.json"
+            if file is not None and file.resolve() == path.resolve():
+                raise ValueError(f"--json {file}: must be another file than that of --results")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._targets.append((path, _stored_rows(path, head["environment"])))
 
@@ -88,7 +90,13 @@ class Store:
 
 
 def merge(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`before` without the rows that `rows` measure again, then `rows`."""
+    """`before` without the rows that `rows` measure again, then `rows`.
+
+    A row that only says why there are no figures (`note`) replaces none that has some: a run `--without` a contender
+    leaves what an earlier one has measured.
+    """
+    measured = {_identity(row) for row in before if row.get("note") is None}
+    rows = [row for row in rows if row.get("note") is None or _identity(row) not in measured]
     new = {_identity(row) for row in rows}
     return [*(row for row in before if _identity(row) not in new), *rows]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from transkimmer_kernels import KERNELS
+
 from ..config import SkimConfig
 from ..skimming import add_skimming, remove_skimming
 from . import workload
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, many: bool) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
     )
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kernels", default="auto", help=", ".join(KERNELS))
     parser.add_argument("--threads", type=_positive, help="CPU threads; default: torch's own choice")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -46,34 +47,48 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
             f"{row.skim_efficiency:.2f}",
             f"{row.agreement:.1%}",
             f"{row.median_s:.3f} s",
-            f"{row.spread:.0%}",
+            spread_text(row.spread),
         )
     return table
+
+
+def spread_text(spread: float | None) -> str:
+    """`–` where it is not known, after a single round."""
+    return "–" if spread is None else f"{spread:.0%}"
 
 
 def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     """The table, and a warning below it where the machine was too busy for its figures to mean much."""
     console.print(table_of(rows, title))
-    widest = max(rows, key=lambda row: row.spread)
-    if widest.spread > DISTURBED:
+    spread, name = max(((row.spread or 0.0, row.name) for row in rows), default=(0.0, ""))
+    if spread > DISTURBED:
         console.print(
-            f"Repeats of '{widest.name}' lie {widest.spread:.0%} apart: something else ran on this machine, and these "
+            f"Repeats of '{name}' lie {spread:.0%} apart: something else ran on this machine, and these "
             "figures should be measured again.",
             style="bold",
         )
 
 
+class Word(NamedTuple):
+    """depth: number of layers that read it; spaced: whether something stands between it and the word before."""
+
+    text: str
+    depth: int
+    spaced: bool = True
+
+
 @torch.no_grad()
 def word_depths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
-) -> tuple[list[tuple[str, int]], int]:
-    """(words with the number of layers that read them, predicted class); a word is read as long as any piece of it.
+) -> tuple[list[Word], int | float]:
+    """(words, predicted class or, of a head with one output, number); a word is read as long as any piece of it.
 
     The words of a second text, `pair`, follow those of the first.
     """
     encoding = tokenizer(text, pair, return_tensors="pt", truncation=True)
     with record_skimming() as records:
-        predicted = int(model(**encoding).logits.argmax())
+        logits = model(**encoding).logits
+    predicted = int(logits.argmax()) if logits.numel() > 1 else float(logits)
     depth = records[0].keep_masks[:, 0].sum(0)  # [seq]
     spans: dict[tuple[int, int], tuple[int, int, int]] = {}
     for token, (which, word) in enumerate(zip(encoding.sequence_ids(0), encoding.word_ids(0), strict=True)):
@@ -82,21 +97,31 @@ def word_depths(
             low, high, deepest = spans.get((which, word), (start, end, 0))
             spans[which, word] = (min(low, start), max(high, end), max(deepest, int(depth[token])))
     texts = (text, pair or "")
-    return [(texts[which][low:high], deepest) for (which, _), (low, high, deepest) in spans.items()], predicted
+    words, former = [], (0, -1)
+    for (which, _), (low, high, deepest) in spans.items():
+        words.append(Word(texts[which][low:high], deepest, former != (which, low)))
+        former = which, high
+    return words, predicted
+
+
+def answer_names(predicted: float, gold: float | None, class_names: Sequence[str]) -> str:
+    """`predicted negative, gold positive`; numbers where there are no classes, no gold where there is none."""
+    parts = [("predicted", predicted)] + ([] if gold is None else [("gold", gold)])
+    return ", ".join(f"{what} {class_names[int(x)] if class_names else f'{x:.2f}'}" for what, x in parts)
 
 
 def colour(depth: int, layers: int) -> str:
     return _RAMP[round(depth / max(layers, 1) * (len(_RAMP) - 1))]
 
 
-def sentence_line(words: Sequence[tuple[str, int]], layers: int, *, numbers: bool = False) -> Text:
+def sentence_line(words: Sequence[Word], layers: int, *, numbers: bool = False) -> Text:
     """Words coloured by depth; numbers: also the depth behind each, for where colours do not show."""
     line = Text()
-    for word, depth in words:
+    for word, depth, spaced in words:
+        line.append(" " if line and (spaced or numbers) else "")
         line.append(
             f"{word}/{depth}" if numbers else word, style=f"{'bold ' if depth == layers else ''}{colour(depth, layers)}"
         )
-        line.append(" ")
     return line
 
 
@@ -113,17 +138,27 @@ def print_sentences(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str | tuple[str, str | None]],
     class_names: Sequence[str],
+    gold: Sequence[float] | None = None,
 ) -> None:
-    """Prints texts, or pairs of them, each behind the class that the model takes it for."""
+    """Prints texts, or pairs of them, each behind what the model takes it for; with `gold` below that and the label.
+
+    class_names: none where a number is predicted.
+    """
     layers = model.config.num_hidden_layers
     numbers = console.color_system is None
     if numbers:
         console.print(f"word/number of layers, of {layers}, that read it")
     else:
         console.print(legend(layers))
-    for text in texts:
+    for place, text in enumerate(texts):
         words, predicted = word_depths(model, tokenizer, *((text,) if isinstance(text, str) else text))
-        console.print(Text(f"{class_names[predicted]:>9}  ").append_text(sentence_line(words, layers, numbers=numbers)))
+        line = sentence_line(words, layers, numbers=numbers)
+        if gold is None:
+            console.print(Text(f"{class_names[int(predicted)]:>9}  ").append_text(line))
+        else:
+            console.print()
+            console.print(Text(answer_names(predicted, gold[place], class_names), style="bold"))
+            console.print(line)
 
 
 def save_html(console: Console, path: str | os.PathLike[str]) -> None:

@@ -48,7 +48,7 @@ class Row:
     paper counts; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: wall_clock_speedup /
     flops_speedup; agreement: share of predictions equal to the dense model's; median_s: seconds for all batches;
     spread: (max - min) / median over `repeats`, which is 1 for a contender more than HOPELESS times slower than our
-    dense run.
+    dense run, and then not known, None.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Row:
     skim_efficiency: float
     agreement: float
     median_s: float
-    spread: float
+    spread: float | None
     repeats: int
 
     def to_dict(self) -> dict[str, object]:
@@ -135,7 +135,10 @@ def paired_speedup(baseline: Sequence[float], times: Sequence[float]) -> float:
     return statistics.median(b / t for b, t in zip(baseline, times, strict=False))
 
 
-def relative_spread(times: Sequence[float]) -> float:
+def relative_spread(times: Sequence[float]) -> float | None:
+    """(max - min) / median; None of a single time, which lies apart from nothing."""
+    if len(times) < 2:
+        return None
     return (max(times) - min(times)) / statistics.median(times)
 
 

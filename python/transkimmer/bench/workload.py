@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..arguments import check_pretrained
 from ..data import TokenizedExamples, padded_batches, sample_path
 from ..skimming import CONFIG_KEY
 from ..tasks import TEXT_TASKS
@@ -87,6 +88,7 @@ def load_model(name: str) -> PreTrainedModel:
     if name in RANDOM_SHAPES:
         torch.manual_seed(0)
         return BertForSequenceClassification(RANDOM_SHAPES[name]).eval()
+    check_pretrained("--model", name)
     model = AutoModelForSequenceClassification.from_pretrained(name)
     if hasattr(model.config, CONFIG_KEY):
         delattr(model.config, CONFIG_KEY)  # its predictors are not what a schedule times
@@ -112,6 +114,7 @@ def lengths_of(source: str, tokenizer_name: str | None, max_length: int) -> list
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--lengths {source}: the file has no text")
+    check_pretrained("--tokenizer", tokenizer_name, ("tokenizer",))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     return [len(ids) for ids in tokenizer(lines, truncation=True, max_length=max_length)["input_ids"]]
 

@@ -59,7 +59,9 @@ DENSE_SETTINGS = ("seed", "batch_size", "held_out", "dense_learning_rate", "dens
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="SST-2's train.tsv or train.tsv.xz")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the weights and figures")
+    parser.add_argument(
+        "--output", type=Path, default=FOLDER, help="folder for the weights and figures; default: the package's own"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for the dense model and logs")
     parser.add_argument("--limit", type=int, default=None, help="train on the first N sentences only (a trial run)")
 

@@ -6,29 +6,40 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from ..arguments import MODEL, check_folder, check_pretrained
 from ..tasks import TASKS, task_named
 from .recipe import CALIBRATIONS, MODES, Recipe, recipe_of
 
-OPTIONS = {
-    "seed": (int, "of initialisation, order, dropout and draws"),
-    "epochs": (float, "of skimming training"),
-    "learning_rate": (float, "peak, of the backbone in skimming training"),
-    "predictor_learning_rate": (float, "peak, of the skim predictors"),
-    "dense_epochs": (float, "of the dense fine-tune"),
-    "dense_learning_rate": (float, "peak, of the dense fine-tune"),
-    "batch_size": (int, "examples per device and step"),
-    "gradient_accumulation": (int, "steps whose gradients are added up before an update"),
-    "max_length": (int, "tokens; longer texts are cut, and it is said how many, long passages read in windows"),
-    "doc_stride": (int, "tokens that neighbouring windows on a long passage share (SQuAD)"),
-    "skim_weight": (float, "lambda: weight of the skim loss; more skims more"),
-    "skim_ramp": (float, "share of the steps over which lambda rises from 0"),
-    "temperature": (float, "tau, of the Gumbel softmax"),
-    "predictor_width": (int, "inner width of the skim predictors; the paper's is the hidden size"),
-    "bias_init": (float, "mu0: predictors start at +mu0 for keep and -mu0 for skim"),
-    "distillation_weight": (float, "weight of the loss against the dense fine-tune's predictions; 0: none"),
-    "flops_speedup": (float, "calibrate the threshold on held-out training rows to this FLOPs speedup"),
-    "held_out": (float, "share of the training rows for calibration"),
-    "limit": (int, "use the first N training rows only (a trial run)"),
+BY_MODE = "the mode's"
+# Option -> (type, help, default where it is not `Recipe`'s in every mode).
+OPTIONS: dict[str, tuple[type, str, str | None]] = {
+    "seed": (int, "of initialisation, order, dropout and draws", None),
+    "epochs": (float, "of skimming training", BY_MODE),
+    "learning_rate": (float, "peak, of the backbone in skimming training", BY_MODE),
+    "predictor_learning_rate": (float, "peak, of the skim predictors", BY_MODE),
+    "dense_epochs": (float, "of the dense fine-tune", None),
+    "dense_learning_rate": (float, "peak, of the dense fine-tune", None),
+    "batch_size": (int, "examples per device and step", None),
+    "gradient_accumulation": (int, "steps whose gradients are added up before an update", None),
+    "max_length": (
+        int,
+        "tokens; longer texts are cut, and it is said how many, long passages read in windows",
+        "512, SQuAD 384",
+    ),
+    "doc_stride": (int, "tokens that neighbouring windows on a long passage share (SQuAD)", "128"),
+    "skim_weight": (float, "lambda: weight of the skim loss; more skims more", BY_MODE),
+    "skim_ramp": (float, "share of the steps over which lambda rises from 0", BY_MODE),
+    "temperature": (float, "tau, of the Gumbel softmax", BY_MODE),
+    "predictor_width": (int, "inner width of the skim predictors", "the hidden size"),
+    "bias_init": (float, "mu0: predictors start at +mu0 for keep and -mu0 for skim", BY_MODE),
+    "distillation_weight": (float, "weight of the loss against the dense fine-tune's predictions; 0: none", BY_MODE),
+    "flops_speedup": (
+        float,
+        "calibrate the threshold on held-out training rows to this FLOPs speedup, at least 1",
+        "2.0 in mode corrected, else not calibrated",
+    ),
+    "held_out": (float, "share of the training rows for calibration", None),
+    "limit": (int, "use N training rows only, drawn at random (a trial run)", "all"),
 }
 
 
@@ -37,9 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
     parser.add_argument("--backbone", default="bert-base-uncased", help="pretrained encoder: folder or hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, run.json and checkpoints")
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="docs/training.md says what each does")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="docs/training.md says what each does and takes where an option is not given",
+    )
     parser.add_argument("--dense", type=Path, help="start from this dense fine-tune instead of making one")
-    parser.add_argument("--calibration", choices=CALIBRATIONS, help="how the threshold is set on held-out rows")
+    parser.add_argument(
+        "--calibration",
+        choices=CALIBRATIONS,
+        help="of the threshold, on held-out rows: to --flops-speedup, to as many tokens as draws keep, or not at all; "
+        "default: speedup where --flops-speedup is given and in mode corrected, else none",
+    )
     parser.add_argument(
         "--aim",
         action=argparse.BooleanOptionalAction,
@@ -51,8 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save-steps", type=int, help="steps between checkpoints; default: five checkpoints a stage")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    for name, (kind, text) in OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=f"{text}; default: the mode's")
+    for name, (kind, text, default) in OPTIONS.items():
+        value = Recipe.__dataclass_fields__[name].default
+        said = {None: value, BY_MODE: f"{BY_MODE} (corrected: {value})"}.get(default, default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=f"{text}; default: {said}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,6 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments.mode, task, **given)
     if arguments.save_steps is not None and arguments.save_steps < 1:
         raise ValueError(f"--save-steps {arguments.save_steps}: must be at least 1")
+    needed = (*MODEL, "tokenizer")
+    if arguments.dense is not None:
+        check_folder("--dense", str(arguments.dense), needed, "a folder with a dense fine-tune")
+    if arguments.dense is None or not recipe.warm_start:
+        check_pretrained("--backbone", arguments.backbone, needed)
     job = Run(task, recipe, arguments.backbone, arguments.output, arguments.data, arguments.dense, arguments.save_steps)
     prepare_output(job, arguments.resume)
     document = job.carry_out()

@@ -16,8 +16,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from transkimmer_kernels import KERNELS
 from transkimmer_kernels.files import write_whole
 
+from ..arguments import MODEL as FILES
+from ..arguments import check_folder, check_outputs
 from ..bench import picture, show
 from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
@@ -34,18 +37,21 @@ from .passages import of_different_passages, print_passages, read_passage
 from .recipe import MODEL, recipe_of
 
 SHOWN, DRAWN = 16, 8
+OUTPUTS = ("json", "markdown", "answers", "html", "png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained model, or a run's --output")
     parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
-    parser.add_argument("--split", default="dev")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-length", type=int, help="default: 512, or the windows of SQuAD, 384")
-    parser.add_argument("--doc-stride", type=int, help="as in training")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing")
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--split", default="dev", help="dev, train, of some tasks others")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows at a time")
+    parser.add_argument(
+        "--max-length", type=int, help="as in training; default: 512, SQuAD 384, whatever it was in training"
+    )
+    parser.add_argument("--doc-stride", type=int, help="as in training (SQuAD); default: 128")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the timing; 0: no timing")
+    parser.add_argument("--kernels", default="auto", help=", ".join(KERNELS))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
     parser.add_argument(
         "--check-training-forward",
@@ -70,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("json", "markdown", "answers", "html", "png"):
-        path = getattr(arguments, name)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
+    splits = task.hub_splits if arguments.data is None else task.files
+    if arguments.split not in splits:
+        raise ValueError(f"--split {arguments.split}: must be one of {', '.join(splits)} for {task.title}")
+    check_outputs(arguments, OUTPUTS)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.png is not None:
@@ -105,14 +111,16 @@ def run(arguments: argparse.Namespace) -> int:
         _write_html(arguments.html, model, tokenizer, kind, examples, max_length)
     if arguments.png is not None:
         _draw(arguments.png, model, tokenizer, kind, examples, max_length)
+    for name in OUTPUTS:
+        if (path := getattr(arguments, name)) is not None:
+            print(f"wrote {path}")
     return 0
 
 
 def model_folder(path: Path) -> Path:
     """`path`, or the model within it where it is a run's output."""
     folder = path / MODEL if (path / MODEL).is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--model {path}: has no trained model")
+    check_folder("--model", str(folder), (*FILES, "tokenizer"), "a folder with a trained model, or a run's --output")
     return folder
 
 
@@ -153,7 +161,7 @@ def figures_of(
 
 def wall_clock(
     model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], repeats: int, flops_speedup: float
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Skimming against our own dense run without padding, side by side on the same batches."""
     device = model.device
     loaded = []
@@ -166,11 +174,12 @@ def wall_clock(
         seconds = time_in_turn(field, loaded, repeats, KEEP_ALL, device=device.type)
     skimming_of(model).enabled = True
     speedup = paired_speedup(seconds[KEEP_ALL], seconds[SKIMMING])
+    spreads = [spread for times in seconds.values() if (spread := relative_spread(times)) is not None]
     return {
         "dense_s": statistics.median(seconds[KEEP_ALL]),
         "skimming_s": statistics.median(seconds[SKIMMING]),
         "wall_clock_speedup": speedup,
-        "spread": max(relative_spread(times) for times in seconds.values()),
+        "spread": max(spreads) if spreads else None,
         "skim_efficiency": speedup / flops_speedup,
     }
 
@@ -190,7 +199,7 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
         rows += [
             ("wall-clock speedup over our dense run without padding", f"{figures['wall_clock_speedup']:.2f}"),
             ("skim efficiency", f"{figures['skim_efficiency']:.2f}"),
-            ("spread of the timing", f"{figures['spread']:.0%}"),
+            ("spread of the timing", show.spread_text(figures["spread"])),
         ]
     if "decision" in figures:
         rows.append(("tokens kept", f"{figures['tokens_kept']:.1%}"))
@@ -223,7 +232,8 @@ def _write_html(
             print_passages(console, model, tokenizer, kind, questions, max_length)
         elif isinstance(kind, TextKind):
             texts = [(example.text, example.pair) for example in examples[:SHOWN]]
-            show.print_sentences(console, model, tokenizer, texts, kind.task.classes or ("score",))
+            gold = [example.label for example in examples[:SHOWN]]
+            show.print_sentences(console, model, tokenizer, texts, kind.task.classes, gold)
     show.save_html(console, path)
 
 
@@ -236,12 +246,11 @@ def _draw(
     if isinstance(kind, QuestionKind):
         for question in itertools.islice(of_different_passages(examples), DRAWN):
             found = read_passage(model, tokenizer, kind, question, max_length)
-            words = [(question.passage[start:end], depth) for start, end, depth in found.words]
-            marked = found.marked_words()
-            texts.append(picture.ColouredText(words, found.answer.text if found.answer else "no answer", marked))
+            title = f"{question.text.strip()} {found.answers()}"
+            texts.append(picture.ColouredText(found.shown_words(), title, found.marked_words()))
     elif isinstance(kind, TextKind):
-        names = kind.task.classes or ("score",)
         for example in examples[:DRAWN]:
             words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
-            texts.append(picture.ColouredText(words, names[predicted]))
+            title = show.answer_names(predicted, example.label, kind.task.classes)
+            texts.append(picture.ColouredText(words, title))
     picture.draw(path, [text for text in texts if text.words], model.config.num_hidden_layers)

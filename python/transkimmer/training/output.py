@@ -22,7 +22,7 @@ def prepare_output(job: Run, resume: bool) -> None:
     """Makes the output folder, and sees to it that it holds this run or none; of several processes the main one does.
 
     Raises in every process:
-        ValueError: it holds a run and `resume` is False, or a run with other settings.
+        ValueError: it holds a run and `resume` is False, a run with other settings, or none and `resume` is True.
         OSError: it cannot be written.
     """
     state = PartialState(cpu=not torch.cuda.is_available())  # on a CPU it counts processes only when told so
@@ -50,6 +50,9 @@ def _prepare(job: Run, resume: bool) -> None:
         if former != settings:
             raise ValueError(f"--resume: {job.output} holds a run with other settings: {_difference(former, settings)}")
         return
+    if resume and not saved.is_file():  # perhaps mistyped: starting anew would take hours
+        what = "holds no run" if job.output.is_dir() else "no such folder"
+        raise ValueError(f"--resume: --output {job.output}: {what}; leave out --resume to start one there")
     try:
         job.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=job.output):

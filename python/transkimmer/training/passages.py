@@ -37,6 +37,20 @@ class ReadPassage:
     answer: Answer | None
     next_best: list[Answer]
 
+    def answers(self) -> str:
+        """`predicted: Paris; gold: Rome | in Rome`."""
+        predicted = "no answer" if self.answer is None else self.answer.text
+        return f"predicted: {predicted}; gold: {' | '.join(dict.fromkeys(self.question.answers)) or 'no answer'}"
+
+    def shown_words(self) -> list[show.Word]:
+        """Words as they are drawn."""
+        ends = [-1, *(end for _, end, _ in self.words)]
+        passage = self.question.passage
+        return [
+            show.Word(passage[start:end], depth, former != start)
+            for former, (start, end, depth) in zip(ends, self.words, strict=False)
+        ]
+
     def marked_words(self) -> list[int]:
         """Positions in `words` of those that the answer touches."""
         if self.answer is None:
@@ -94,7 +108,7 @@ def print_passages(
         console.print(
             Text(question.text.strip(), style="bold")
             .append(f"  {answer}  ", _MARK)
-            .append(f"(right: {given}; then: {others})")
+            .append(f"(gold: {given}; next best: {others})")
         )
         console.print(passage_text(found, layers))
 

@@ -73,6 +73,7 @@ class Recipe:
         """Raises ValueError naming the first option that is out of range."""
         for name in ("dense_epochs", "epochs", "dense_learning_rate", "learning_rate", "predictor_learning_rate"):
             self._need(name, _positive(getattr(self, name)), "a finite number > 0")
+        self._need("predictor_learning_rate", self.predictor_learning_rate <= 1, "at most 1")
         for name in ("batch_size", "gradient_accumulation"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
         self._need("max_length", self.max_length >= 4, "at least 4")
@@ -80,7 +81,7 @@ class Recipe:
         self._need("limit", self.limit is None or self.limit >= 4, "at least 4")
         self._need("held_out", 0 < self.held_out < 1, "strictly between 0 and 1")
         self._need("skim_ramp", 0 <= self.skim_ramp <= 1, "from 0 to 1")
-        self._need("flops_speedup", _positive(self.flops_speedup), "a finite number > 0")
+        self._need("flops_speedup", math.isfinite(x := self.flops_speedup) and x >= 1, "a finite number >= 1")
         weight = self.distillation_weight
         self._need("distillation_weight", math.isfinite(weight) and weight >= 0, "a finite number >= 0")
         self._need("calibration", self.calibration in CALIBRATIONS, f"one of {CALIBRATIONS}")

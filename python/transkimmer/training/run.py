@@ -139,7 +139,7 @@ class Run:
             report |= {"flops_speedup": wanted, "shift": calibrate(model, rows.batches, wanted)}
         except ValueError as error:
             report["failed"] = str(error)
-            print(f"not calibrated: {error}")
+            print(f"not calibrated to FLOPs ×{wanted:g}: {str(error).partition(': ')[2]}")
         return report
 
     def _sampled(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:

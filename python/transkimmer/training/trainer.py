@@ -6,6 +6,7 @@ train well (see docs/training.md for the measurements).
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
@@ -90,6 +91,18 @@ class SteadyTrainer(Trainer):
 
     Batches grouped by length are drawn from the seed and the epoch, so that a resumed run sees the same ones.
     """
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """`Trainer`'s, with steps given as a share of all of them counted out.
+
+        A checkpoint keeps them counted out, so that a resumed `Trainer` would warn of other settings.
+        """
+        values = super().set_initial_training_values(args, dataloader)
+        max_steps = values[-1]
+        for name in ("logging_steps", "save_steps"):
+            if 0 < (steps := getattr(args, name)) < 1:
+                setattr(args, name, math.ceil(max_steps * steps))
+        return values
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
