@@ -34,7 +34,8 @@ class Features(Dataset[dict[str, object]]):
     Attributes:
         columns: a model's inputs by name, per row; not padded.
         labels: per row.
-        teacher_logits: per row, [classes] or, of the start and the end of an answer, [2, seq].
+        teacher_logits: per row, [classes] or, of the start and the end of an answer, [2, seq]; None: no teacher.
+        teacher_states: per row, [d], the teacher's final state of the first token; None: no teacher.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Features(Dataset[dict[str, object]]):
         self.columns = dict(columns)
         self.labels = list(labels)
         self.teacher_logits = teacher_logits
+        self.teacher_states: Sequence[Tensor] | None = None
 
     @property
     def input_ids(self) -> list[list[int]]:
@@ -63,6 +65,8 @@ class Features(Dataset[dict[str, object]]):
         example |= self.targets(index)
         if self.teacher_logits is not None:
             example["teacher_logits"] = self.teacher_logits[index].tolist()
+        if self.teacher_states is not None:
+            example["teacher_states"] = self.teacher_states[index].tolist()
         return example
 
 

@@ -1,11 +1,16 @@
-"""The logits in a head's output, whatever the head."""
+"""The logits in a head's output, whatever the head, and the states that the head reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import encoder_of
 
 
 def logits_in(output: Any) -> Tensor:
@@ -16,3 +21,18 @@ def logits_in(output: Any) -> Tensor:
     if "logits" in output:
         return output.logits
     return torch.stack([output.start_logits, output.end_logits], 1)
+
+
+@contextmanager
+def final_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects what the encoder of `model`, dense or skimming, returns to its head: [batch, seq, d] per forward."""
+    states: list[Tensor] = []
+
+    def see(encoder: nn.Module, args: Any, output: Any) -> None:
+        states.append(output[0])
+
+    handle = encoder_of(model).register_forward_hook(see)
+    try:
+        yield states
+    finally:
+        handle.remove()

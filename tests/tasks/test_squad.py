@@ -24,7 +24,7 @@ from transkimmer.training.judges import SpanJudge, best_spans
 from transkimmer.training.kinds import kind_of
 from transkimmer.training.passages import passage_text, read_passage
 from transkimmer.training.recipe import recipe_of
-from transkimmer.training.run import logits_of
+from transkimmer.training.run import lessons_of
 from transkimmer.training.trainer import PaddingCollator, distillation_loss
 from transkimmer.windows import Question, QuestionWindows
 
@@ -265,7 +265,7 @@ def test_a_teacher_of_spans() -> None:
     tokenizer, model = word_tokenizer(), tiny("bert", "qa")
     questions = [question(), Question("none", "dog", "cat runs")]
     windows = QuestionWindows(questions, tokenizer, 20, 2)
-    windows.teacher_logits = logits_of(model, windows, tokenizer)
+    windows.teacher_logits, _ = lessons_of(model, windows, tokenizer)
     assert [list(logits.shape) for logits in windows.teacher_logits] == [[2, 15], [2, 6]]
     batch = PaddingCollator(tokenizer)([windows[0], windows[1]])
     teacher = batch.pop("teacher_logits")

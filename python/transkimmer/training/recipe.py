@@ -24,7 +24,8 @@ class Recipe:
 
     Attributes:
         warm_start: skimming training starts from the dense fine-tune, else from the pretrained backbone.
-        skim_ramp, distillation_weight, predictor_learning_rate: as in `SkimTrainingArguments`.
+        skim_ramp, distillation_weight, state_distillation_weight, predictor_learning_rate: as in
+            `SkimTrainingArguments`.
         predictor_width, bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in
             `SkimConfig`.
         aim: whether the skim loss counts only above the share of tokens that about leads to `flops_speedup`
@@ -61,6 +62,7 @@ class Recipe:
     aim: bool = False
     skim_ramp: float = 0.3
     distillation_weight: float = 1.0
+    state_distillation_weight: float = 0.0
     skim_attention: str = "renormalized"
     pruned_training: bool = False
     decision: str = "threshold"
@@ -82,8 +84,8 @@ class Recipe:
         self._need("held_out", 0 < self.held_out < 1, "strictly between 0 and 1")
         self._need("skim_ramp", 0 <= self.skim_ramp <= 1, "from 0 to 1")
         self._need("flops_speedup", math.isfinite(x := self.flops_speedup) and x >= 1, "a finite number >= 1")
-        weight = self.distillation_weight
-        self._need("distillation_weight", math.isfinite(weight) and weight >= 0, "a finite number >= 0")
+        for name in ("distillation_weight", "state_distillation_weight"):
+            self._need(name, math.isfinite(weight := getattr(self, name)) and weight >= 0, "a finite number >= 0")
         self._need("calibration", self.calibration in CALIBRATIONS, f"one of {CALIBRATIONS}")
         if self.mode != "dense":
             self.skim_config()
@@ -99,6 +101,10 @@ class Recipe:
         if self.aim and shape is not None:
             config.skim_target = shape.share_at(self.flops_speedup)
         return config
+
+    @property
+    def distils(self) -> bool:
+        return self.distillation_weight > 0 or self.state_distillation_weight > 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

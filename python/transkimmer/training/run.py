@@ -23,7 +23,7 @@ from ..bench.command import environment
 from ..data import Features, padded_batches, positions_of
 from ..flops import EncoderShape
 from ..loading import from_pretrained
-from ..outputs import logits_in
+from ..outputs import final_states, logits_in
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
 from ..tasks import Task, load_split
 from .calibration import calibrate
@@ -114,8 +114,8 @@ class Run:
         if (folder / MODEL).is_dir():
             return from_pretrained(folder / MODEL, self.kind.auto_class)
         examples = self.kind.features(train, tokenizer, self._max_length(dense.config))
-        if self.recipe.distillation_weight and self.recipe.warm_start:
-            examples.teacher_logits = logits_of(dense, examples, tokenizer)
+        if self.recipe.distils and self.recipe.warm_start:
+            examples.teacher_logits, examples.teacher_states = lessons_of(dense, examples, tokenizer)
         set_seed(self.recipe.seed)
         shape = EncoderShape.of(dense.config, self.recipe.predictor_width or dense.config.hidden_size)
         model = add_skimming(dense, self.recipe.skim_config(shape))
@@ -198,16 +198,27 @@ def hold_out(rows: Sequence[Any], recipe: Recipe) -> tuple[list[Any], list[Any]]
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, examples: Features, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """fp32 [outputs] per example, or [2, tokens] (`logits_in`), in their order; the model moves to a GPU, if any."""
+def lessons_of(
+    model: PreTrainedModel, examples: Features, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What a teacher makes of the examples, in their order; it moves to a GPU, if there is one.
+
+    Returns:
+        Logits fp32 [outputs] per example, or [2, tokens] (`logits_in`), and final states of its first token fp32 [d].
+    """
     torch.nn.Module.to(model, PartialState().device if torch.cuda.is_available() else "cpu").eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
     batches = padded_batches(examples, tokenizer, EVALUATION_BATCH, sort=True)
-    logits: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     for batch in tqdm(batches, total=-(-len(order) // EVALUATION_BATCH), desc="teacher"):
         del batch["labels"]
-        found = logits_in(model(**{key: value.to(model.device) for key, value in batch.items()})).float().cpu()
-        lengths = batch["attention_mask"].sum(1).tolist()
-        # What is per token comes without its padding.
-        logits += [row[:, :length] if row.dim() == 2 else row for row, length in zip(found, lengths, strict=True)]
-    return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
+        with final_states(model) as states:
+            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+        logits = logits_in(output).float().cpu()
+        mask = batch["attention_mask"]
+        first = states[0].float().cpu()[torch.arange(mask.size(0)), mask.argmax(1)]  # padding may be on the left
+        for row, state, length in zip(logits, first, mask.sum(1).tolist(), strict=True):
+            # What is per token comes without its padding.
+            found.append((row[:, :length] if row.dim() == 2 else row, state))
+    by_example = [lesson for _, lesson in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+    return [logits for logits, _ in by_example], [state for _, state in by_example]

@@ -144,4 +144,5 @@ def _arguments(recipe: Recipe, folder: Path, skimming: bool, save_steps: int | N
         predictor_learning_rate=recipe.predictor_learning_rate,
         skim_ramp=recipe.skim_ramp,
         distillation_weight=recipe.distillation_weight,
+        state_distillation_weight=recipe.state_distillation_weight,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     DataCollatorWithPadding,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -25,13 +26,13 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..outputs import logits_in
+from ..outputs import final_states, logits_in
 from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
 from .curves import follow, is_logged
 
-# Column of the teacher's logits in a training batch.
-TEACHER_LOGITS = "teacher_logits"
+# Columns of the teacher's logits, and of its final state of the first token, in a training batch.
+TEACHER_LOGITS, TEACHER_STATES = "teacher_logits", "teacher_states"
 # A logit as good as -inf, whose softmax is 0 and which leaves no NaN in a divergence.
 NOWHERE = -1e4
 
@@ -48,12 +49,16 @@ class SkimTrainingArguments(TrainingArguments):
         distillation_weight: weight of the cross-entropy against the teacher's softened predictions, where batches
             carry a `teacher_logits` column.
         distillation_temperature: softening of both sides.
+        state_distillation_weight: weight of the mean squared difference from the teacher's final state of the first
+            token, where batches carry a `teacher_states` column: of what a classifying head reads, and richer than the
+            predictions of a teacher that is sure of its training rows.
     """
 
     predictor_learning_rate: float = field(default=2e-4)
     skim_ramp: float = field(default=0.3)
     distillation_weight: float = field(default=1.0)
     distillation_temperature: float = field(default=2.0)
+    state_distillation_weight: float = field(default=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +66,7 @@ class SkimTrainingArguments(TrainingArguments):
             ("predictor_learning_rate", 0.0, 1.0),
             ("skim_ramp", 0.0, 1.0),
             ("distillation_weight", 0.0, float("inf")),
+            ("state_distillation_weight", 0.0, float("inf")),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -179,11 +185,11 @@ class SkimTrainer(SteadyTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        teacher_logits = inputs.pop(TEACHER_LOGITS, None)
+        teacher_logits, teacher_states = inputs.pop(TEACHER_LOGITS, None), inputs.pop(TEACHER_STATES, None)
         recording: AbstractContextManager[list[SkimRecord]] = nullcontext([])
         if model.training and is_logged(self.args, self.state):
             recording = record_skimming()
-        with recording as records:
+        with recording as records, final_states(cast(PreTrainedModel, self.model)) as states:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if records:
             self.curves.add(self.state.global_step + 1, records[-1], outputs, skimming_of(self.model).config)
@@ -192,6 +198,9 @@ class SkimTrainer(SteadyTrainer):
             loss = loss + self.args.distillation_weight * distillation_loss(
                 logits_in(outputs), teacher_logits, temperature
             )
+        if teacher_states is not None and model.training:
+            apart = F.mse_loss(states[0][:, 0].float(), teacher_states.float())
+            loss = loss + self.args.state_distillation_weight * apart
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
