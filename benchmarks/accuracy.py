@@ -30,7 +30,6 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transkimmer.bench.results import commit, device_name
-from transkimmer.data import positions_of
 from transkimmer.demo.model import backbone_folder
 from transkimmer.flops import EncoderShape
 from transkimmer.skimming import skimming_of
@@ -41,7 +40,7 @@ from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import Rows, kind_of
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
-from transkimmer.training.run import EVALUATION_BATCH, SETTINGS, Run, hold_out
+from transkimmer.training.run import SETTINGS, Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
@@ -207,15 +206,13 @@ class Table:
 
     def _loaded(self, job: Run, *splits: str) -> tuple[Any, ...]:
         """(the run's model, each of `splits` as it reads them)."""
-        kind = kind_of(job.task)
-        model = load(job.output / MODEL, kind)
+        model = load(job.output / MODEL, job.kind)
         tokenizer = AutoTokenizer.from_pretrained(job.output / MODEL)
-        length = min(job.recipe.max_length, positions_of(model.config))
         found = []
         for split in splits:
             rows = load_split(job.task, "dev" if split == "dev" else "train", self.data)
             rows = hold_out(rows, job.recipe)[1] if split == "held_out" else rows
-            found.append(kind.rows(rows, tokenizer, length, EVALUATION_BATCH))
+            found.append(job.rows_of(rows, tokenizer, model.config))
         return model, *found
 
     def _add(self, training: Training, points: list[dict[str, Any]]) -> None:
@@ -318,7 +315,7 @@ def trainings_of(arguments: argparse.Namespace) -> Iterator[Training]:
                 yield Training(task, mode, seed, arguments.backbone, arguments.name, own)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if name not in {field for field in Recipe.__dataclass_fields__ if field not in ("mode", "seed")}:
         raise argparse.ArgumentTypeError(f"{text}: {name} is no setting of a recipe")
@@ -346,7 +343,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--speedups", nargs="+", type=_speedup, default=[1.5, 2.0, 2.5, 3.0])
-    parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
+    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
     parser.add_argument("--minutes", type=float, help="start no training after so long")
     parser.add_argument("--plan", action="store_true", help="print what is left, train nothing")
     parser.add_argument("--keep", action="store_true", help="keep the models, for --time")

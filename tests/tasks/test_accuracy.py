@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transkimmer.training import SteadyTrainer
 from transkimmer.training.recipe import Recipe
 
-from benchmarks import accuracy, accuracy_rows
+from benchmarks import accuracy, accuracy_rows, accuracy_trials
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
@@ -149,3 +150,39 @@ def test_settings_must_be_a_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         accuracy.parse(["--data", ".", "--set", "skim_wait=2"])
     assert "skim_wait is no setting of a recipe" in capsys.readouterr().err
+
+
+def test_a_trial_looks_at_held_out_rows_only(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy.main([*arguments, "--modes", "dense", "--keep"])
+    dense = tmp_path / "work/tiny/rte/dense-seed1/model"
+    splits: list[str] = []
+    load = accuracy_trials.load_split
+    monkeypatch.setattr(
+        accuracy_trials, "load_split", lambda task, split, data: (splits.append(split), load(task, split, data))[1]
+    )
+    results = tmp_path / "trials.csv"
+    trial = ["--task", "rte", "--data", arguments[1], "--dense", str(dense), "--results", str(results)]
+    trial += [
+        "--work",
+        str(tmp_path / "trials"),
+        "--set",
+        "epochs=1",
+        "batch_size=8",
+        "aim=true",
+        "bias_init=1",
+        "--speedups",
+        "1",
+    ]
+    for _ in range(2):
+        accuracy_trials.main(trial)
+    assert splits == ["train"] * 2 and not list((tmp_path / "trials").rglob("*.safetensors"))
+    with results.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["decision"] for row in rows] == ["sample", "argmax", "threshold"] * 2
+    (held_out,) = {row["dense"] for row in rows}
+    (row,) = accuracy_rows.read(tmp_path / "accuracy.csv")
+    assert float(held_out) == pytest.approx(float(row["held_out_value"]), rel=1e-5)
+    assert json.loads(rows[0]["settings"]) == {"aim": True, "batch_size": 8, "bias_init": 1, "epochs": 1}
+    assert [row["value"] for row in rows[:3]] == [row["value"] for row in rows[3:]]

@@ -63,17 +63,16 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(self.dense or self.backbone)
         figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
         # Before anything is trained, so that rows which do not fit are known early.
-        length = self._max_length(AutoConfig.from_pretrained(self.dense or self.backbone))
-        calibration = self.kind.rows(held_out, tokenizer, length, EVALUATION_BATCH)
-        judged = self.kind.rows(dev, tokenizer, length, EVALUATION_BATCH)
-        dense = self._dense(train, tokenizer)
+        config = AutoConfig.from_pretrained(self.dense or self.backbone)
+        calibration, judged = (self.rows_of(examples, tokenizer, config) for examples in (held_out, dev))
+        dense = self.dense_model(train, tokenizer)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
             fitted = self.kind.fit(dense, calibration)
             figures["dense_dev"] = self._evaluate(dense, judged).to_dict() | fitted
         if self.recipe.mode == "dense":
             save_whole(dense, tokenizer, self.output / MODEL)
         else:
-            model = self._skimming(dense, train, tokenizer)
+            model = self.skimming_model(dense, train, tokenizer)
             figures["calibration"] = self._calibrate(model, calibration)
             set_seed(self.recipe.seed)  # a resumed run draws the same decisions, where they are drawn
             figures["calibration"] |= self.kind.fit(model, calibration)
@@ -83,7 +82,11 @@ class Run:
             figures["dev"] = self._by_decision(model, judged)
         return self._write(figures)
 
-    def _dense(self, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def rows_of(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Rows:
+        """As a model with this configuration reads them to be evaluated."""
+        return self.kind.rows(examples, tokenizer, self._max_length(config), EVALUATION_BATCH)
+
+    def dense_model(self, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model that skimming training starts from: a dense fine-tune, or the backbone as it is."""
         finished = self.dense or self.output / "dense" / MODEL
         if self.recipe.mode != "dense" and not self.recipe.warm_start:
@@ -107,9 +110,10 @@ class Run:
         set_seed(self.recipe.seed)
         return self.kind.auto_class.from_pretrained(self.backbone, **self.kind.options())
 
-    def _skimming(
+    def skimming_model(
         self, dense: PreTrainedModel, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase
     ) -> PreTrainedModel:
+        """Trained from `dense`, which is changed; not calibrated."""
         folder = self.output / "skimming"
         if (folder / MODEL).is_dir():
             return from_pretrained(folder / MODEL, self.kind.auto_class)
