@@ -226,7 +226,7 @@ class _Left:
 
 
 def _departure(present: _Present, kernels: KernelSet) -> _Departure | None:
-    """None where everybody stays. The host waits for the number of tokens and of the longest sequence's."""
+    """None where everybody stays. The host waits for two numbers: how many stay, and in the longest sequence."""
     rows = torch.arange(present.keep.numel(), dtype=torch.int32, device=present.keep.device)
     if rows.numel() == 0:
         return None

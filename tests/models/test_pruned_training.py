@@ -28,6 +28,7 @@ from .tiny import undecided_predictors as undecided
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_kernels = pytest.mark.parametrize("kernels", KERNELS)
 every_head = pytest.mark.parametrize("head", ["sequence", "qa", None], ids=["sequence", "qa", "states"])
+slow_in_triton = pytest.mark.default_kernels("a step takes half a minute in Triton's interpreter; two are taken there")
 LENGTHS = (9, 1, 14, 5)
 
 Forward = tuple[Tensor, Tensor, dict[str, Tensor], SkimRecord]
@@ -118,6 +119,7 @@ def oracle_forward(model: PreTrainedModel, inputs: dict[str, Tensor], noise: boo
 @every_architecture
 @every_head
 @pytest.mark.parametrize("noise", [False, True], ids=["threshold", "drawn"])
+@slow_in_triton
 def test_gradients_are_those_without_later_layers(architecture: str, head: str | None, noise: bool) -> None:
     """And values those of the unpruned forward. That the gradients are others than its own, the last lines show."""
     inputs = padded_inputs(LENGTHS)
@@ -152,12 +154,14 @@ def _packed(lengths: tuple[int, ...]) -> dict[str, Tensor]:
     [padded_inputs(LENGTHS, side="left"), _packed(LENGTHS), padded_inputs((0, 7, 0)), padded_inputs((1, 1))],
     ids=["left", "packed", "empty sequences", "one token each"],
 )
+@slow_in_triton
 def test_all_inputs(inputs: dict[str, Tensor]) -> None:
     pruned = forward(skimming("bert", None, pruned_training=True), inputs)
     expect_equal(pruned, oracle_forward(skimming("bert", None), inputs))
     expect_equal(pruned, forward(skimming("bert", None), inputs), gradients=False)
 
 
+@slow_in_triton
 def test_a_batch_without_tokens() -> None:
     model = skimming("bert", None, pruned_training=True)
     states = model(input_ids=torch.ones(2, 3, dtype=torch.long), attention_mask=torch.zeros(2, 3)).last_hidden_state
@@ -172,6 +176,7 @@ def _biased(model: PreTrainedModel, layer: int, bias: float) -> PreTrainedModel:
 
 @pytest.mark.parametrize("head", ["sequence", "qa"])
 @pytest.mark.parametrize("layer", range(LAYERS))
+@slow_in_triton
 def test_layers_that_only_first_tokens_reach(head: str, layer: int) -> None:
     inputs = padded_inputs(LENGTHS)
     pruned = forward(_biased(skimming("bert", head, pruned_training=True), layer, -1e3), inputs)
@@ -179,6 +184,7 @@ def test_layers_that_only_first_tokens_reach(head: str, layer: int) -> None:
     assert pruned[3].layer_lengths[layer:].eq(1).all()
 
 
+@slow_in_triton
 def test_nothing_moves_where_nothing_is_skimmed() -> None:
     counts = []
     for kept_by in (0, LAYERS):
@@ -192,6 +198,7 @@ def test_nothing_moves_where_nothing_is_skimmed() -> None:
 
 
 @pytest.mark.parametrize("head", ["sequence", "qa"])
+@slow_in_triton
 def test_skimmed_tokens_are_gone(head: str) -> None:
     """From the next layer on; where only the first token is read, from the layer's own FFN on."""
     model = skimming("bert", head, pruned_training=True)
@@ -210,6 +217,7 @@ def test_skimmed_tokens_are_gone(head: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["sequence", "qa"])
+@slow_in_triton
 def test_gradient_checkpointing_changes_nothing(head: str) -> None:
     model = skimming("bert", head, pruned_training=True)
     plain = forward(model, padded_inputs(LENGTHS), noise=True)
@@ -219,6 +227,7 @@ def test_gradient_checkpointing_changes_nothing(head: str) -> None:
 
 @every_architecture
 @pytest.mark.parametrize("head", ["sequence", "qa"])
+@slow_in_triton
 def test_in_bf16_autocast(architecture: str, head: str) -> None:
     """Values as without pruning in the sequences that no rounding has decided; all gradients are finite."""
     inputs, found = padded_inputs(LENGTHS), []
