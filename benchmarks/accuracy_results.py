@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NAME = "accuracy.csv"
+NAME, TRIALS = "accuracy.csv", "accuracy-trials.csv"
 DENSE = "dense"
 
 Row = dict[str, Any]
@@ -87,6 +87,14 @@ def read(path: Path) -> list[Row]:
         if missing:
             raise ValueError(f"{path}: has no column {', '.join(missing)}")
         return [_row(f"{path}, line {lines.line_num}", line) for line in lines]
+
+
+def read_trials(path: Path) -> list[dict[str, str]]:
+    """Rows of `accuracy_trials.py` as they stand; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _row(where: str, line: dict[str, Any]) -> Row:

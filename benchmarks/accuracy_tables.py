@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from . import accuracy_plots, accuracy_results
@@ -21,7 +22,7 @@ _FORWARD_HEADS = (
 )
 
 
-def page(rows: Sequence[accuracy_results.Row]) -> str:
+def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] = ()) -> str:
     parts = [
         "# Accuracy on real tasks",
         "",
@@ -30,7 +31,7 @@ def page(rows: Sequence[accuracy_results.Row]) -> str:
         "",
     ]
     if not rows:
-        return "\n".join([*parts, UNMEASURED]) + "\n"
+        return "\n".join([*parts, UNMEASURED, *trial_lines(trials)]) + "\n"
     parts += [
         "Metrics are in percent, of the development rows and of held-out training rows, which the threshold was",
         "calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed). `− dense` is",
@@ -46,7 +47,32 @@ def page(rows: Sequence[accuracy_results.Row]) -> str:
     found = accuracy_results.configurations(rows)
     for (task, backbone, metric), group in accuracy_results.panels(found).items():
         parts += [f"## {task}, {backbone}: {metric}", "", *lines(group), "", *forward_lines(group), _where(group), ""]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, *trial_lines(trials)]).rstrip() + "\n"
+
+
+def trial_lines(trials: Sequence[dict[str, str]]) -> list[str]:
+    """The section of what settings were chosen by, oldest first; nothing where there are no trials."""
+    if not trials:
+        return []
+    rows = []
+    for row in trials:
+        settings = ", ".join(f"{name} {value}" for name, value in json.loads(row["settings"]).items())
+        decision = f"calibrated to {row['calibrated_to']}" if row["calibrated_to"] else row["decision"]
+        value, dense = float(row["value"]), float(row["dense"])
+        figures = [f"{100 * value:.2f}", f"{100 * (value - dense):+.2f}", f"{float(row['flops_speedup']):.2f}"]
+        kept = " ".join(f"{share:.0%}" for share in json.loads(row["tokens_kept"]))
+        rows.append([f"{row['task']} ({row['metric']})", settings, decision, *figures, kept, row["seed"]])
+    return [
+        "## Trials",
+        "",
+        "What settings were chosen by: trainings in mode `corrected` from one dense fine-tune, with these settings",
+        "instead of the mode's, judged on held-out training rows; the development rows were not read",
+        "(`python -m benchmarks.accuracy_trials`, `benchmarks/results/accuracy-trials.csv`). One seed each: on some",
+        "hundred rows, a difference of a point is noise.",
+        "",
+        *head(("task", "settings", "decision", "held out", "− dense", "FLOPs ×", "tokens kept by layer", "seed")),
+        *(line(row) for row in rows),
+    ]
 
 
 def lines(group: Sequence[Configuration]) -> list[str]:

@@ -140,7 +140,9 @@ def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices) + single_runs()
     rows = accuracy_results.read(results / accuracy_results.NAME)
-    found[ROOT / "docs/accuracy.md"] = accuracy_tables.page(rows)
+    found[ROOT / "docs/accuracy.md"] = accuracy_tables.page(
+        rows, accuracy_results.read_trials(results / accuracy_results.TRIALS)
+    )
     paper = ROOT / "docs/paper.md"
     text = paper.read_text(encoding="utf-8")
     for name, content in paper_tables.blocks(rows).items():

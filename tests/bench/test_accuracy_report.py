@@ -66,6 +66,19 @@ def test_means_are_over_seeds_and_the_newest_row_of_a_seed(rows: list[accuracy_r
     assert calibrated.tokens_kept == [1.0, 0.5, 0.1]
 
 
+def test_trials_stand_below_the_tables(tmp_path: Path, rows: list[accuracy_results.Row]) -> None:
+    columns = "task,metric,seed,settings,decision,calibrated_to,dense,value,flops_speedup,tokens_kept"
+    cells = 'stsb,pearson,1,"{""aim"": true}",threshold,2.0,0.88,0.861,2.013,"[1.0, 0.25]"'
+    (tmp_path / "trials.csv").write_text(f"{columns}\n{cells}\n", encoding="utf-8")
+    trials = accuracy_results.read_trials(tmp_path / "trials.csv")
+    for some in (rows, []):
+        page = accuracy_tables.page(some, trials)
+        assert page.endswith(
+            "| stsb (pearson) | aim True | calibrated to 2.0 | 86.10 | -1.90 | 2.01 | 100% 25% | 1 |\n"
+        )
+    assert "Trials" not in accuracy_tables.page(rows) and accuracy_results.read_trials(tmp_path / "none.csv") == []
+
+
 def test_the_page(rows: list[accuracy_results.Row]) -> None:
     page = accuracy_tables.page(rows)
     cells = (
