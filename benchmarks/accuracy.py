@@ -96,13 +96,18 @@ class Training:
 
 @functools.cache
 def size_settings(backbone: str, mode: str) -> dict[str, Any]:
-    """Settings for the backbone's size: small ones take higher learning rates (docs/training.md)."""
-    if AutoConfig.from_pretrained(backbone).hidden_size > 512:
+    """Settings for the backbone's size: small ones are trained longer, with higher rates (docs/training.md)."""
+    width = AutoConfig.from_pretrained(backbone).hidden_size
+    if width > 512:
         return {}
     if mode in ("paper", "published"):
         return {"learning_rate": 1e-4, "epochs": 5.0}
-    dense = {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
-    return dense if mode == "dense" else {**dense, "learning_rate": 5e-5, "epochs": 4.0}
+    settings: dict[str, Any] = {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
+    if mode == "corrected":
+        settings |= {"aim": True, "skim_weight": 4.0, "skim_ramp": 0.4, "state_distillation_weight": 5.0}
+        settings |= {"learning_rate": 1e-4, "predictor_learning_rate": 1e-3, "epochs": 8.0}
+        settings |= {"predictor_width": width // 4, "pruned_training": True}
+    return settings
 
 
 class Table:
