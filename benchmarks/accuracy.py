@@ -101,10 +101,9 @@ def size_settings(backbone: str, mode: str) -> dict[str, Any]:
     if width > 512:
         return {}
     if mode in ("paper", "published"):
-        return {"learning_rate": 1e-4, "epochs": 5.0}
+        return {"learning_rate": 1e-4, "epochs": 13.0}  # as many as dense fine-tune and skimming training together
     settings: dict[str, Any] = {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
     if mode == "corrected":
-        settings |= {"aim": True, "skim_weight": 4.0, "skim_ramp": 0.4, "state_distillation_weight": 5.0}
         settings |= {"learning_rate": 1e-4, "predictor_learning_rate": 1e-3, "epochs": 8.0}
         settings |= {"predictor_width": width // 4, "pruned_training": True}
     return settings

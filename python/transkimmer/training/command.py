@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
     "predictor_width": (int, "inner width of the skim predictors", "the hidden size"),
     "bias_init": (float, "mu0: predictors start at +mu0 for keep and -mu0 for skim", BY_MODE),
     "distillation_weight": (float, "weight of the loss against the dense fine-tune's predictions; 0: none", BY_MODE),
-    "state_distillation_weight": (float, "weight of the loss against the dense fine-tune's final first state", None),
+    "state_distillation_weight": (float, "weight of the loss against the dense fine-tune's final first state", BY_MODE),
     "flops_speedup": (
         float,
         "calibrate the threshold on held-out training rows to this FLOPs speedup, at least 1",

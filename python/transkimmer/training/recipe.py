@@ -58,11 +58,11 @@ class Recipe:
     predictor_width: int | None = None
     bias_init: float = 3.0
     temperature: float = 1.0
-    skim_weight: float = 1.0
-    aim: bool = False
-    skim_ramp: float = 0.3
+    skim_weight: float = 4.0
+    aim: bool = True
+    skim_ramp: float = 0.4
     distillation_weight: float = 1.0
-    state_distillation_weight: float = 0.0
+    state_distillation_weight: float = 5.0
     skim_attention: str = "renormalized"
     pruned_training: bool = False
     decision: str = "threshold"
@@ -125,7 +125,8 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
         raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}")
     own: dict[str, Any] = {}
     if isinstance(task, QuestionTask):
-        own = {"max_length": task.max_length, "doc_stride": task.doc_stride}
+        # A head that reads every state is not held to the first one.
+        own = {"max_length": task.max_length, "doc_stride": task.doc_stride, "state_distillation_weight": 0.0}
     elif given.get("doc_stride") is not None:
         raise ValueError(f"--doc-stride {given['doc_stride']}: is for questions; {task.title} is not read in windows")
     if mode in ("paper", "published"):
@@ -141,8 +142,10 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
             "bias_init": 5.0,
             "temperature": 0.1 if mode == "paper" else 1.0,
             "skim_weight": task.paper_skim_weight,
+            "aim": False,
             "skim_ramp": 0.0,
             "distillation_weight": 0.0,
+            "state_distillation_weight": 0.0,
             "calibration": "none",
         }
         if mode == "published":
