@@ -54,14 +54,19 @@ def trial_lines(trials: Sequence[dict[str, str]]) -> list[str]:
     """The section of what settings were chosen by, oldest first; nothing where there are no trials."""
     if not trials:
         return []
+    names: dict[tuple[str, ...], str] = {}
     rows = []
     for row in trials:
-        settings = ", ".join(f"{name} {value}" for name, value in json.loads(row["settings"]).items())
+        number = names.setdefault((row["task"], row["metric"], row["settings"], row["seed"]), str(len(names) + 1))
         decision = f"calibrated to {row['calibrated_to']}" if row["calibrated_to"] else row["decision"]
         value, dense = float(row["value"]), float(row["dense"])
         figures = [f"{100 * value:.2f}", f"{100 * (value - dense):+.2f}", f"{float(row['flops_speedup']):.2f}"]
         kept = " ".join(f"{share:.0%}" for share in json.loads(row["tokens_kept"]))
-        rows.append([f"{row['task']} ({row['metric']})", settings, decision, *figures, kept, row["seed"]])
+        rows.append([number, f"{row['task']} ({row['metric']})", decision, *figures, kept])
+    listed = [
+        f"{number}. {task}, seed {seed}: {', '.join(f'{name} {value}' for name, value in json.loads(settings).items())}"
+        for (task, _, settings, seed), number in names.items()
+    ]
     return [
         "## Trials",
         "",
@@ -70,7 +75,9 @@ def trial_lines(trials: Sequence[dict[str, str]]) -> list[str]:
         "(`python -m benchmarks.accuracy_trials`, `benchmarks/results/accuracy-trials.csv`). One seed each: on some",
         "hundred rows, a difference of a point is noise.",
         "",
-        *head(("task", "settings", "decision", "held out", "− dense", "FLOPs ×", "tokens kept by layer", "seed")),
+        *listed,
+        "",
+        *head(("trial", "task", "decision", "held out", "− dense", "FLOPs ×", "tokens kept by layer")),
         *(line(row) for row in rows),
     ]
 

@@ -73,9 +73,8 @@ def test_trials_stand_below_the_tables(tmp_path: Path, rows: list[accuracy_resul
     trials = accuracy_results.read_trials(tmp_path / "trials.csv")
     for some in (rows, []):
         page = accuracy_tables.page(some, trials)
-        assert page.endswith(
-            "| stsb (pearson) | aim True | calibrated to 2.0 | 86.10 | -1.90 | 2.01 | 100% 25% | 1 |\n"
-        )
+        assert page.endswith("| 1 | stsb (pearson) | calibrated to 2.0 | 86.10 | -1.90 | 2.01 | 100% 25% |\n")
+        assert "\n1. stsb, seed 1: aim True\n" in page
     assert "Trials" not in accuracy_tables.page(rows) and accuracy_results.read_trials(tmp_path / "none.csv") == []
 
 

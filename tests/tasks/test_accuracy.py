@@ -43,7 +43,7 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     accuracy.main([*arguments, "--plan"])
-    names = ("dense-seed1", "corrected-seed1-skim_weight=1.0", "published-seed1-skim_weight=0.8")
+    names = ("dense-seed1", "corrected-seed1-skim_weight=4.0", "published-seed1-skim_weight=0.8")
     total = "total of 3: about 0 s (0.0 h), 3 of them not known"
     assert capsys.readouterr().out.splitlines() == [*(f"tiny/rte/{name}: ? s" for name in names), total]
     accuracy.main([*arguments, "--modes", "dense", "corrected"])
@@ -146,7 +146,7 @@ def test_the_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
 
 
 def test_settings_must_be_a_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(accuracy._setting("skim_weight=2")[1], int) and "skim_weight" in Recipe.__dataclass_fields__
+    assert isinstance(accuracy.setting("skim_weight=2")[1], int) and "skim_weight" in Recipe.__dataclass_fields__
     with pytest.raises(SystemExit):
         accuracy.parse(["--data", ".", "--set", "skim_wait=2"])
     assert "skim_wait is no setting of a recipe" in capsys.readouterr().err
