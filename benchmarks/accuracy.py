@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from transkimmer.training.run import SETTINGS, Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
-from . import accuracy_rows
+from . import accuracy_plan, accuracy_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
@@ -251,52 +250,6 @@ class Table:
         if not self.keep and all(other.dense != training.dense for other in left):
             shutil.rmtree(self.work / training.dense.folder, ignore_errors=True)
 
-    def estimates(self, trainings: Sequence[Training]) -> list[float | None]:
-        """Seconds each of `trainings` may take, None where there is nothing to go by.
-
-        By stored rows of the same task and mode, which needs no data; else by the rate of the backbone's other rows.
-        """
-        rows = [row for row in accuracy_rows.read(self.results) if row["seconds_train"]]
-        same: dict[tuple[str, ...], list[float]] = {}
-        for row in rows:
-            same.setdefault((row["backbone"], row["task"], row["mode"]), []).append(float(row["seconds_train"]))
-        rates: dict[str, float | None] = {}
-        found: list[float | None] = []
-        for training in trainings:
-            if known := same.get((training.name, training.task, str(training.columns["mode"]))):
-                found.append(statistics.median(known))
-                continue
-            if training.name not in rates:
-                rates[training.name] = self._rate(training, rows)
-            rate = rates[training.name]
-            found.append(None if rate is None else rate * self._work_of(training))
-        return found
-
-    def _rate(self, training: Training, rows: Sequence[accuracy_rows.Row]) -> float | None:
-        """Seconds per `_work_of` of what is stored for the training's backbone; None without rows or data."""
-        rows = [row for row in rows if row["backbone"] == training.name]
-        if not rows or self.data is None:
-            return None
-        rates = []
-        for row in rows:
-            mode = row["mode"].split()[0]
-            stored = Training(row["task"], mode, int(row["seed"]), training.backbone, training.name)
-            rates.append(float(row["seconds_train"]) / self._work_of(stored))
-        return statistics.median(rates)
-
-    def _work_of(self, training: Training) -> float:
-        """Epochs times characters, to which the time of a training is roughly proportional."""
-        recipe = training.recipe
-        epochs = recipe.dense_epochs if training.mode == "dense" else recipe.epochs
-        assert self.data is not None
-        return epochs * _characters(training.task, self.data)
-
-
-@functools.cache
-def _characters(task: str, data: Path) -> int:
-    rows = load_split(TEXT_TASKS[task], "train", data)
-    return sum(len(row.text) + len(row.pair or "") for row in rows)
-
 
 def _judged(job: Run, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
     return evaluate(model, rows.batches, kind_of(job.task).judge(rows.features, model))
@@ -364,14 +317,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def print_plan(left: Sequence[Training], estimates: Sequence[float | None]) -> None:
-    for training, seconds in zip(left, estimates, strict=True):
-        print(f"{training.folder}: {'?' if seconds is None else f'about {seconds:.0f}'} s")
-    known = [seconds for seconds in estimates if seconds is not None]
-    unknown = f", {len(left) - len(known)} of them not known" if len(known) < len(left) else ""
-    print(f"total of {len(left)}: about {sum(known):.0f} s ({sum(known) / 3600:.1f} h){unknown}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     arguments = parse(argv)
@@ -383,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     left = [training for training in trainings if table.row_of(training) is None]
     if arguments.plan:
-        print_plan(left, table.estimates(left))
+        accuracy_plan.show(left, accuracy_plan.estimates(left, accuracy_rows.read(table.results), table.data))
         return
     for training in list(left):
         if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
