@@ -94,10 +94,9 @@ def _our_cells(found: Sequence[Configuration], task: str, family: str) -> list[l
 
 
 def _chosen(group: Iterable[Configuration], wanted: tuple[str, str, float | None]) -> Configuration | None:
-    """Of those with the mode's own settings the first, that is with the least skim weight."""
-    return next(
-        (one for one in group if not one.pruned and (one.mode, one.decision, one.calibrated_to) == wanted), None
-    )
+    """With the mode's own settings: rather one that was not pruned in training, and then the least skim weight."""
+    found = [one for one in group if (one.mode, one.decision, one.calibrated_to) == wanted]
+    return min(found, key=lambda one: bool(one.pruned), default=None)
 
 
 def _speedup(point: Configuration) -> str:

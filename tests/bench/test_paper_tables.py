@@ -68,6 +68,8 @@ def test_ours_stand_beside_the_papers() -> None:
     assert cells(blocks["glue"], "RTE") == ["RTE", "65.7", "68.9", "2.85", "4.67", *ours]
     assert cells(blocks["glue"], "MRPC")[5:] == ["MiniLM, f1", "82.00", "80.00", "2.50", "not run", "–"]
     assert cells(blocks["glue"], "CoLA")[5] == "not run"
+    alone = paper_tables.blocks(results(pruned))["glue"]
+    assert cells(alone, "RTE")[7:9] == ["99.00", "2.02"]
     first = blocks["backbones"].split("\n\n")[0]
     paper = ["CoLA", "55.7", "55.1", "3.52 (1.78)"]
     assert cells(first, "CoLA")[:6] == [*paper, "distilbert-base-uncased, matthews", "62.00"]
