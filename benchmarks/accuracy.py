@@ -34,9 +34,9 @@ from transkimmer.flops import EncoderShape
 from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TEXT_TASKS, load_split
 from transkimmer.training.calibration import calibrate
-from transkimmer.training.evaluation import SkimEvaluation, evaluate, training_forward_difference
+from transkimmer.training.evaluation import training_forward_difference
 from transkimmer.training.evaluation_command import figures_of, load
-from transkimmer.training.kinds import Rows, kind_of
+from transkimmer.training.kinds import kind_of
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
 from transkimmer.training.run import SETTINGS, Run, hold_out
@@ -151,7 +151,7 @@ class Table:
         model, held_out = self._loaded(job, "held_out")
         task = job.task
         value = document["dense_dev"]["metrics"][task.metric]
-        found = _judged(job, model, held_out)
+        found = job.judged(model, held_out)
         figures = {"dense": value, "value": value, "held_out_value": found.metrics[task.metric], "flops_speedup": 1.0}
         self._add(training, [{**figures, "seconds_train": seconds}])
 
@@ -186,7 +186,7 @@ class Table:
                 }
             )
 
-        forward = training_forward_difference(model, dev.batches, kind_of(job.task).judge(dev.features, model))
+        forward = training_forward_difference(model, dev.batches, job.kind.judge(dev.features, model))
         apart = {
             "forward_value": forward.metrics[metric],
             "forward_agreement": forward.agreement,
@@ -203,7 +203,7 @@ class Table:
             except ValueError as error:
                 print(f"{training.folder}: {error}", file=sys.stderr)
                 break
-            held, found = (_judged(job, model, rows).to_dict() for rows in (held_out, dev))
+            held, found = (job.judged(model, rows).to_dict() for rows in (held_out, dev))
             add("threshold", held, found, calibrated_to=wanted, shift=shift)
         return points
 
@@ -249,10 +249,6 @@ class Table:
         """Removes the weights of a dense fine-tune that no training in `left` starts from."""
         if not self.keep and all(other.dense != training.dense for other in left):
             shutil.rmtree(self.work / training.dense.folder, ignore_errors=True)
-
-
-def _judged(job: Run, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
-    return evaluate(model, rows.batches, kind_of(job.task).judge(rows.features, model))
 
 
 def _padding(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], padded_length: int) -> float:

@@ -27,7 +27,6 @@ from transkimmer.bench.results import commit, device_name
 from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TEXT_TASKS, load_split
 from transkimmer.training.calibration import calibrate
-from transkimmer.training.evaluation import SkimEvaluation, evaluate
 from transkimmer.training.kinds import Rows
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import recipe_of
@@ -52,7 +51,7 @@ def points(job: Run, speedups: Sequence[float]) -> Iterator[dict[str, Any]]:
     train, held_out = hold_out(load_split(job.task, "train", job.data), job.recipe)
     model = job.dense_model(train, tokenizer)
     rows = job.rows_of(held_out, tokenizer, model.config)
-    dense = _judged(job, model, rows).metrics[job.task.metric]
+    dense = job.judged(model, rows).metrics[job.task.metric]
     start = time.perf_counter()
     model = job.skimming_model(model, train, tokenizer)
     common = {"dense": dense, "seconds_train": round(time.perf_counter() - start)}
@@ -69,13 +68,9 @@ def points(job: Run, speedups: Sequence[float]) -> Iterator[dict[str, Any]]:
         yield {**common, "decision": "threshold", "calibrated_to": wanted, **_columns(job, model, rows)}
 
 
-def _judged(job: Run, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
-    return evaluate(model, rows.batches, job.kind.judge(rows.features, model))
-
-
 def _columns(job: Run, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
     torch.manual_seed(job.recipe.seed)
-    found = _judged(job, model, rows)
+    found = job.judged(model, rows)
     return {
         "value": round(found.metrics[job.task.metric], 6),
         "flops_speedup": round(found.flops_speedup, 4),

@@ -68,7 +68,7 @@ class Run:
         dense = self.dense_model(train, tokenizer)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
             fitted = self.kind.fit(dense, calibration)
-            figures["dense_dev"] = self._evaluate(dense, judged).to_dict() | fitted
+            figures["dense_dev"] = self.judged(dense, judged).to_dict() | fitted
         if self.recipe.mode == "dense":
             save_whole(dense, tokenizer, self.output / MODEL)
         else:
@@ -119,7 +119,10 @@ class Run:
             return from_pretrained(folder / MODEL, self.kind.auto_class)
         examples = self.kind.features(train, tokenizer, self._max_length(dense.config))
         if self.recipe.distils and self.recipe.warm_start:
-            examples.teacher_logits, examples.teacher_states = lessons_of(dense, examples, tokenizer)
+            logits, states = lessons_of(dense, examples, tokenizer)
+            # What no loss asks for would only travel with every batch.
+            examples.teacher_logits = logits if self.recipe.distillation_weight else None
+            examples.teacher_states = states if self.recipe.state_distillation_weight else None
         set_seed(self.recipe.seed)
         shape = EncoderShape.of(dense.config, self.recipe.predictor_width or dense.config.hidden_size)
         model = add_skimming(dense, self.recipe.skim_config(shape))
@@ -151,7 +154,7 @@ class Run:
         decision, config.decision = config.decision, "sample"
         set_seed(self.recipe.seed)
         try:
-            return self._evaluate(model, rows)
+            return self.judged(model, rows)
         finally:
             config.decision = decision
 
@@ -159,12 +162,13 @@ class Run:
         config = skimming_of(model).config
         decision, config.decision = config.decision, "threshold"
         try:
-            threshold = self._evaluate(model, rows)
+            threshold = self.judged(model, rows)
         finally:
             config.decision = decision
         return {"threshold": threshold.to_dict(), "sample": self._sampled(model, rows).to_dict()}
 
-    def _evaluate(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
+    def judged(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
+        """By the task's metrics, as the model decides now."""
         return evaluate(model, rows.batches, self.kind.judge(rows.features, model))
 
     def _max_length(self, config: PreTrainedConfig) -> int:
