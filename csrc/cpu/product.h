@@ -14,6 +14,8 @@
 // the instruction set multiplies bf16 in pairs, a bf16 product takes two columns of x at a time (`Pairing`).
 #pragma once
 
+#include <utility>
+
 #include "gemm.h"
 #include "transkimmer/cpu_kernels.h"
 
@@ -73,46 +75,82 @@ struct Ahead {
   const char* end;
   int64_t steps;
 };
-constexpr int64_t kTurn = 8;
+constexpr int kTurn = 8;
 template <typename Form>
 constexpr int64_t kStepBytes = kProductColumns * Form::kDepth * int64_t{sizeof(typename Form::Right)};
 template <typename Form>
-constexpr int64_t kLinesPerStep = block_count(kStepBytes<Form>, kLine);
+constexpr int kLinesPerStep = block_count(kStepBytes<Form>, kLine);
+
+// f(0), ..., f(kCount - 1), with constants. GCC keeps an array in registers only where its indices are
+// constants early on, so these are unrolled by the language and inlined by force: pragmas come too late.
+#define TRANSKIMMER_INLINE __attribute__((always_inline))
+template <typename F, int... kIndex>
+TRANSKIMMER_INLINE inline void each_of(F&& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, typename F>
+TRANSKIMMER_INLINE inline void each(F&& f) {
+  each_of(f, std::make_integer_sequence<int, kCount>{});
+}
 
 // c [kRows, kProductColumns] = a b, or += a b.
 template <int kRows, typename Form>
 void product_tile(const typename Form::Left* a, int64_t lda, const typename Form::Right* b, int64_t depth,
                   float* c, int64_t ldc, bool accumulate, Ahead& ahead) {
   Vec acc[kRows][kProductVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kProductVecs; ++v) acc[r][v] = zero();
-  }
-  const char* next = ahead.next;
-  const int64_t fetching = ahead.steps, steps = depth / Form::kDepth;
-  // One flat loop: with a loop of its own over the lines to be fetched, GCC keeps the sums in memory.
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < steps; ++k, a += Form::kDepth, b += Form::kDepth * kProductColumns) {
-    if (k % kTurn < fetching) {
-      // Past the end of the block it fetches a little of what follows: harmless, cheaper than a comparison.
-      for (int64_t i = 0; i < kLinesPerStep<Form>; ++i) {
-        __builtin_prefetch(next + i * kLine, /*rw=*/0, /*locality=*/2);
-      }
-      next += kLinesPerStep<Form> * kLine;
-    }
+  const auto each_sum = [](auto f) TRANSKIMMER_INLINE {
+    each<kRows>([&](auto r)
+                    TRANSKIMMER_INLINE { each<kProductVecs>([&](auto v) TRANSKIMMER_INLINE { f(r, v); }); });
+  };
+  each_sum([&](auto r, auto v) TRANSKIMMER_INLINE { acc[r][v] = zero(); });
+  // Rows are addressed from every third one, plus 0, 1 or 2 lda, which costs nothing on x86: pointers to all
+  // of them would not fit into its registers. The asm keeps GCC from deriving them from each other again.
+  constexpr int kBases = (kRows + 2) / 3;
+  const typename Form::Left* base[kBases];
+  each<kBases>([&](auto i) TRANSKIMMER_INLINE {
+    base[i] = a + 3 * i * lda;
+    asm("" : "+r"(base[i]));
+  });
+  const auto step = [&](int64_t k) TRANSKIMMER_INLINE {
     decltype(Form::column(b)) column[kProductVecs];
-    for (int v = 0; v < kProductVecs; ++v) column[v] = Form::column(b + v * kLanes * Form::kDepth);
-    for (int r = 0; r < kRows; ++r) {
-      const auto x = Form::broadcast(a + r * lda);
-      for (int v = 0; v < kProductVecs; ++v) acc[r][v] = Form::multiply_add(x, column[v], acc[r][v]);
-    }
+    each<kProductVecs>([&](auto v)
+                           TRANSKIMMER_INLINE { column[v] = Form::column(b + v * kLanes * Form::kDepth); });
+    each<kRows>([&](auto r) TRANSKIMMER_INLINE {
+      const auto x = Form::broadcast(base[r / 3] + k * Form::kDepth + r % 3 * lda);
+      each<kProductVecs>([&](auto v)
+                             TRANSKIMMER_INLINE { acc[r][v] = Form::multiply_add(x, column[v], acc[r][v]); });
+    });
+    b += Form::kDepth * kProductColumns;
+  };
+  const auto advance = [&](int64_t count) TRANSKIMMER_INLINE {
+    each<kBases>([&](auto i) TRANSKIMMER_INLINE { base[i] += count * Form::kDepth; });
+  };
+  const char* next = ahead.next;
+  const int64_t fetching = ahead.steps;
+  int64_t left = depth / Form::kDepth;
+  for (; left >= kTurn; left -= kTurn) {
+    each<kTurn>([&](auto i) TRANSKIMMER_INLINE {
+      if (i < fetching) {
+        // Past the end of the block it fetches a little of what follows: harmless, cheaper than a comparison.
+        each<kLinesPerStep<Form>>([&](auto line) TRANSKIMMER_INLINE {
+          __builtin_prefetch(next + line * kLine, /*rw=*/0, /*locality=*/2);
+        });
+        next += kLinesPerStep<Form> * kLine;
+      }
+      step(i);
+    });
+    advance(kTurn);
+  }
+  for (; left > 0; --left) {
+    step(0);
+    advance(1);
   }
   ahead.next = next;
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kProductVecs; ++v) {
-      float* sum = c + r * ldc + v * kLanes;
-      store(sum, accumulate ? add(load(sum), acc[r][v]) : acc[r][v]);
-    }
+  const auto sum = [&](int r, int v) TRANSKIMMER_INLINE { return c + r * ldc + v * kLanes; };
+  if (accumulate) {
+    each_sum([&](auto r, auto v) TRANSKIMMER_INLINE { acc[r][v] = add(load(sum(r, v)), acc[r][v]); });
   }
+  each_sum([&](auto r, auto v) TRANSKIMMER_INLINE { store(sum(r, v), acc[r][v]); });
 }
 
 // From the run-time row count to the instantiation, the full tile first.
