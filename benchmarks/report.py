@@ -21,37 +21,28 @@ from typing import Any
 from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, paper_tables, plots, runs
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/cpu"
-AVX2 = ROOT / "benchmarks/results/cpu-avx2"
+RESULTS = ROOT / "benchmarks/results"
+# Folders with single runs -> what they are called.
+MACHINES = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512"}
 README = ROOT / "README.md"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
 COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficiency**")
 PADDED, PLAIN, OURS, SKIMMING = range(4)  # order of a result's rows
 
 
-def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table() -> str:
-    """The README's tables as Markdown."""
-    lines = [
-        *schedule_lines("AVX-512, oneDNN's products", RESULTS),
-        "",
-        *demo_lines(),
-        "",
-        *peer_lines(),
-    ]
-    return "\n".join(lines)
+def load(name: str, folder: str) -> dict[str, Any]:
+    return json.loads((RESULTS / folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def single_runs() -> str:
-    """The end of `docs/results.md`: AVX2 at the batch size of AVX-512; the README has AVX2 at a larger one."""
-    lines = schedule_lines("AVX2, products of our own", AVX2)
-    return "\n".join(["", f"## {AVX2.name} at batch 16", "", *lines, ""])
+    """The end of `docs/results.md`: batch 16, which the dated runs do not have."""
+    lines = []
+    for folder in MACHINES:
+        lines += ["", f"## {folder} at batch 16", "", *schedule_lines(folder)]
+    return "\n".join([*lines, ""])
 
 
-def schedule_lines(machine: str, folder: Path) -> list[str]:
+def schedule_lines(folder: str) -> list[str]:
     results = {name: load(name, folder) for name in (f"{task}-{dtype}" for task in TASKS for dtype in DTYPES)}
     heads = ("lengths, schedule", *COLUMNS, "spread", "× padded HF", "our dense × plain PyTorch")
     lines = [_line(heads), _line(["---"] * len(heads))]
@@ -67,46 +58,19 @@ def schedule_lines(machine: str, folder: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"BERT-base shape, batch 16, {environment['processor']} ({machine}), {environment['threads']} threads, "
+        f"BERT-base shape, batch 16, {environment['processor']} ({MACHINES[folder]}), {environment['threads']} threads, "
         f"torch {environment['torch']}; `python benchmarks/schedules.py`.",
     ]
-
-
-def peer_lines() -> list[str]:
-    """Speed of every contender over our dense run, by lengths and dtype; `–` where it was not timed."""
-    files = sorted(RESULTS.glob("peers-*.json"))
-    results = {file.stem.removeprefix("peers-"): load(file.stem)["rows"] for file in files}
-    names = [
-        row["name"]
-        for row in next(iter(results.values()))
-        if any(_speed(rows, row["name"]) for rows in results.values())
-    ]
-    lines = [_line(["speed over our dense run", *results]), _line(["---"] * (len(results) + 1))]
-    for name in names:
-        speeds = (_speed(rows, name) for rows in results.values())
-        lines.append(_line([name, *(f"{speed:.2f}" if speed else "–" for speed in speeds)]))
-    environment = load(files[0].stem)["environment"]
-    return [
-        *lines,
-        "",
-        f"BERT-base shape, batch 16, {environment['processor']} (AVX-512, oneDNN's products), {environment['threads']} "
-        "threads, with versions in `benchmarks/results/cpu/peers-*.json`.",
-    ]
-
-
-def _speed(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    return next((row.get("speed") for row in rows if row["name"] == name), None)
 
 
 def demo_lines() -> list[str]:
     heads = ("demo: MiniLM, SST-2 dev, batch 32, learned decisions", *COLUMNS, "accuracy", "same answers")
     lines = [_line(heads), _line(["---"] * len(heads))]
-    runs = [(dtype, "AVX2", load(f"demo-{dtype}", AVX2)) for dtype in DTYPES]
-    runs += [(dtype, "AVX-512", load(f"demo-{dtype}")) for dtype in DTYPES]
-    for dtype, machine, result in runs:
-        row = result["rows"][SKIMMING]
-        answers = [f"{row['accuracy']:.2%}", f"{row['agreement']:.1%}"]
-        lines.append(_line([f"skimming, {machine}", dtype, *_speedups(row), *answers]))
+    for folder, machine in MACHINES.items():
+        for dtype in DTYPES:
+            row = load(f"demo-{dtype}", folder)["rows"][SKIMMING]
+            answers = [f"{row['accuracy']:.2%}", f"{row['agreement']:.1%}"]
+            lines.append(_line([f"skimming, {machine}", dtype, *_speedups(row), *answers]))
     figures = json.loads((ROOT / "python/transkimmer/demo/figures.json").read_text(encoding="utf-8"))
     return [
         *lines,
@@ -132,10 +96,10 @@ def between(text: str, name: str, content: str) -> str:
     return f"{before}{start}\n{content}{end}{after}"
 
 
-def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
+def pages(results: Path = RESULTS) -> dict[Path, str]:
     """Every page with generated parts -> what it has to be."""
     devices = runs.load(results)
-    readme = between(README.read_text(encoding="utf-8"), "results", table() + "\n")
+    readme = between(README.read_text(encoding="utf-8"), "results", "\n".join([*demo_lines(), ""]))
     found = {README: between(readme, "headline", model_tables.headline(devices))}
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices) + single_runs()
@@ -151,7 +115,7 @@ def pages(results: Path = RESULTS.parent) -> dict[Path, str]:
     return found
 
 
-def figures(results: Path = RESULTS.parent) -> list[plots.Figure]:
+def figures(results: Path = RESULTS) -> list[plots.Figure]:
     """Every plot that the stored results suffice for."""
     rows = accuracy_results.read(results / accuracy_results.NAME)
     return [*plots.figures(runs.load(results)), *accuracy_plots.figures(rows)]

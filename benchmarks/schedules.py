@@ -1,9 +1,8 @@
 """Measures the README's table: BERT-base shape, real lengths, synthetic schedules, fp32 and bf16, and the demo model.
 
-    python benchmarks/schedules.py [--only mrpc-fp32 ...] [--results cpu-avx2]
+    python benchmarks/schedules.py [--only mrpc-fp32 ...]
 
-Each row is one run of `transkimmer bench`, stored as `benchmarks/results/cpu/NAME.json`; `report.py` renders them. A
-machine of another kind has a folder of its own (`--results`).
+Each row is one run of `transkimmer bench`, stored as `benchmarks/results/DEVICE/NAME.json`; `report.py` renders them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from transkimmer.bench.results import device_name
 from transkimmer.cli import main as transkimmer
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,9 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--repeats", default="7")
-    parser.add_argument("--results", default="cpu", help="folder under benchmarks/results")
     arguments = parser.parse_args()
-    folder = RESULTS / arguments.results
+    folder = RESULTS / device_name("cpu")
     folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         target = str(folder / f"{name}.json")
