@@ -13,6 +13,7 @@ checkpoint; calls side by side share out the tasks.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -49,13 +50,20 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
 WORK = ROOT / ".benchmarks/accuracy"  # ignored by git
 POINTS = "points.json"
+# Epochs of (dense fine-tune, skimming training in `corrected`) of backbones up to 512 wide; `paper` and `published`, which
+# start from the backbone, take as many as both together.
+EPOCHS = {"sst2": (2.0, 3.0)}
+SMALL_TASK_EPOCHS = (5.0, 8.0)
 # Settings that have a column of their own; others are named in the column `mode`.
 OWN_COLUMNS = {"skim_weight": "skim_weight", "pruned_training": "pruned"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """One model to train. name: what rows call the backbone; settings: of the recipe, besides the mode's own."""
+    """One model to train. name: what rows call the backbone; settings: of the recipe, besides the mode's own.
+
+    bf16: autocast, which is a matter of time: it does not tell one training from another.
+    """
 
     task: str
     mode: str
@@ -63,10 +71,12 @@ class Training:
     backbone: str
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
+    bf16: bool = False
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        given = {"seed": self.seed, "calibration": "none", **size_settings(self.backbone, self.mode)}
+        given = {"seed": self.seed, "calibration": "none", "bf16": self.bf16}
+        given |= size_settings(self.backbone, self.mode, self.task)
         return recipe_of(self.mode, TEXT_TASKS[self.task], **given | dict(self.settings))
 
     @property
@@ -77,6 +87,7 @@ class Training:
         return {
             **{"task": self.task, "backbone": self.name, "mode": " ".join([self.mode, *other]), "seed": self.seed},
             **{column: getattr(self.recipe, key) if skims else None for key, column in OWN_COLUMNS.items()},
+            "bf16": self.recipe.bf16,
         }
 
     @property
@@ -90,20 +101,21 @@ class Training:
     @property
     def dense(self) -> Training:
         """The dense fine-tune that it is compared with, and that it may start from."""
-        return Training(self.task, "dense", self.seed, self.backbone, self.name)
+        return dataclasses.replace(self, mode="dense", settings=())
 
 
 @functools.cache
-def size_settings(backbone: str, mode: str) -> dict[str, Any]:
+def size_settings(backbone: str, mode: str, task: str) -> dict[str, Any]:
     """Settings for the backbone's size: small ones are trained longer, with higher rates (docs/training.md)."""
     width = AutoConfig.from_pretrained(backbone).hidden_size
     if width > 512:
         return {}
+    dense_epochs, epochs = EPOCHS.get(task, SMALL_TASK_EPOCHS)
     if mode in ("paper", "published"):
-        return {"learning_rate": 1e-4, "epochs": 13.0}  # as many as dense fine-tune and skimming training together
-    settings: dict[str, Any] = {"dense_learning_rate": 1e-4, "dense_epochs": 5.0}
+        return {"learning_rate": 1e-4, "epochs": dense_epochs + epochs}
+    settings: dict[str, Any] = {"dense_learning_rate": 1e-4, "dense_epochs": dense_epochs}
     if mode == "corrected":
-        settings |= {"learning_rate": 1e-4, "predictor_learning_rate": 1e-3, "epochs": 8.0}
+        settings |= {"learning_rate": 1e-4, "predictor_learning_rate": 1e-3, "epochs": epochs}
         settings |= {"predictor_width": width // 4, "pruned_training": True}
     return settings
 
@@ -265,7 +277,7 @@ def trainings_of(arguments: argparse.Namespace) -> Iterator[Training]:
         for task in arguments.tasks:
             for mode in arguments.modes:
                 own = () if mode == "dense" else settings
-                yield Training(task, mode, seed, arguments.backbone, arguments.name, own)
+                yield Training(task, mode, seed, arguments.backbone, arguments.name, own, arguments.bf16)
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -297,6 +309,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--speedups", nargs="+", type=_speedup, default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
+    parser.add_argument("--bf16", action="store_true", help="autocast, where a processor multiplies faster in bf16")
     parser.add_argument("--minutes", type=float, help="start no training after so long")
     parser.add_argument("--plan", action="store_true", help="print what is left, train nothing")
     parser.add_argument("--keep", action="store_true", help="keep the models, for --time")

@@ -22,6 +22,8 @@ class SkimConfig:
         predictor_width: inner width of the skim predictors; None: the model's hidden size (Transkimmer, Eq. 2).
         bias_init: mean of the last bias at initialisation, +bias_init for keep and -bias_init for skim (section 4.2).
         temperature: of the Gumbel softmax in training (Eq. 5); shapes the gradient only, not how often a token is kept.
+        noise: in training, what the noise of the draws is multiplied by. 1: P(keep) is the sigmoid of the logit; 0: no
+            draws, tokens are kept as inference keeps them at threshold 0.5.
         skim_weight: the weight lambda of the skim loss, added to the model's own loss in training (Eq. 6).
         skim_target: in training, the share of a batch's tokens, mean over layers, up to which skimming costs nothing:
             lambda weighs what the skim loss has above it. 0: all of it, as in the paper.
@@ -40,6 +42,7 @@ class SkimConfig:
     predictor_width: int | None = None
     bias_init: float = 5.0
     temperature: float = 1.0
+    noise: float = 1.0
     skim_weight: float = 0.5
     skim_target: float = 0.0
     decision: str = "threshold"
@@ -132,6 +135,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "predictor_width": (lambda x: x is None or (type(x) is int and x > 0), "None or a positive integer"),
     "bias_init": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
     "temperature": (lambda x: _is_finite(x) and x > 0, "a finite number > 0"),
+    "noise": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
     "skim_weight": (lambda x: _is_finite(x) and x >= 0, "a finite number >= 0"),
     "skim_target": (lambda x: _is_finite(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "decision": (lambda x: x in DECISIONS, f"one of {DECISIONS}"),

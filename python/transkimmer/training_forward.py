@@ -108,7 +108,7 @@ class TrainingEncoder:
         logit = None
         if self.predictors is not None:
             logit = self.predictors[index](present.hidden)  # [n]
-            decided = straight_through_keep(logit, self.config.temperature)
+            decided = straight_through_keep(logit, self.config.temperature, self.config.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
         return present, LayerDecisions(present.places, present.sequences.cu_seqlens, present.keep, logit)
@@ -153,10 +153,13 @@ class TrainingEncoder:
         return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
 
 
-def straight_through_keep(logit: Tensor, temperature: float) -> Tensor:
-    """A 0/1 draw with P(1) = sigmoid(logit) and the gradient of sigmoid((logit + noise) / temperature) (Eq. 5)."""
+def straight_through_keep(logit: Tensor, temperature: float, noise: float = 1.0) -> Tensor:
+    """A 0/1 draw with P(1) = sigmoid(logit / noise), at noise 0 the sign of the logit.
+
+    Its gradient is that of sigmoid((logit + noise * logistic) / temperature), at noise 1 Eq. 5.
+    """
     threshold = _noiseless.get()
-    noisy = logit + logistic_noise(logit) if threshold is None else logit - threshold
+    noisy = logit + noise * logistic_noise(logit) if threshold is None else logit - threshold
     soft = torch.sigmoid(noisy / temperature)
     # Written so that the value is exactly 0 or 1: hard + (soft - soft) rounds to it, (hard - soft) + soft does not.
     return (noisy > 0).float() + (soft - soft.detach())

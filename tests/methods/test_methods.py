@@ -66,23 +66,27 @@ def test_predictor_logit_is_the_difference_of_two_outputs() -> None:
     assert torch.allclose(predictor(hidden), (z[:, 1] - z[:, 0]).float())
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("temperature, noise", [(0.1, 1.0), (1.0, 1.0), (1.0, 0.5)])
 @pytest.mark.parametrize("logit", [-2.0, 0.0, 1.5])
-def test_draws_have_the_sigmoid_as_frequency_at_any_temperature(temperature: float, logit: float) -> None:
+def test_draws_have_the_sigmoid_as_frequency_at_any_temperature(temperature: float, noise: float, logit: float) -> None:
     torch.manual_seed(0)
     count = 200_000
-    draws = straight_through_keep(torch.full((count,), logit), temperature)
+    draws = straight_through_keep(torch.full((count,), logit), temperature, noise)
     assert set(draws.unique().tolist()) == {0.0, 1.0}
-    p = 1 / (1 + math.exp(-logit))
+    p = 1 / (1 + math.exp(-logit / noise))
     assert draws.mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / count))
 
 
-def test_straight_through_gradient_is_the_soft_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
+def test_straight_through_gradient_is_the_soft_decisions(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     noise = torch.tensor([0.3, -1.0, 2.0])
     monkeypatch.setattr("transkimmer.training_forward.logistic_noise", lambda _: noise)
     logit = torch.tensor([0.5, 0.1, -1.0], requires_grad=True)
-    straight_through_keep(logit, 0.7).sum().backward()
-    y = torch.sigmoid((logit.detach() + noise) / 0.7)
+    drawn = straight_through_keep(logit, 0.7, scale)
+    drawn.sum().backward()
+    noisy = logit.detach() + scale * noise
+    y = torch.sigmoid(noisy / 0.7)
+    assert torch.equal(drawn, (noisy > 0).float())
     assert torch.allclose(logit.grad, y * (1 - y) / 0.7)
 
 

@@ -76,6 +76,18 @@ def test_a_target_falls_to_its_value_instead_of_the_weight_rising(tmp_path: Path
         assert step["skim_weight"] == 0.25 and step["loss"] == pytest.approx(step["task_loss"] + 0.25 * above, rel=1e-4)
 
 
+def test_the_noise_falls_over_the_last_steps_and_the_model_keeps_its_own(tmp_path: Path) -> None:
+    job = trainer(tmp_path, noise_decay=0.5, logging_steps=1, max_steps=6)
+    job.train()
+    steps = job.state.log_history[:-1]
+    assert [step["noise"] for step in steps] == pytest.approx([1, 1, 1, 2 / 3, 1 / 3, 0])
+    # Without noise, what was drawn is what the threshold decides.
+    layers = [f"layer_{layer:02d}" for layer in range(LAYERS)]
+    apart = [max(abs(step[f"keep_drawn/{name}"] - step[f"keep_threshold/{name}"]) for name in layers) for step in steps]
+    assert apart[-1] == 0 and apart[0] > 0
+    assert skimming_of(job.model).config.noise == 1
+
+
 def test_task_and_skim_loss_add_up_to_the_loss(tmp_path: Path) -> None:
     job = trainer(tmp_path, logging_steps=1)
     job.train()

@@ -212,6 +212,7 @@ OUT_OF_RANGE = pytest.mark.parametrize(
         ("bias_init", -1.0),
         ("temperature", 0.0),
         ("temperature", float("nan")),
+        ("noise", -0.5),
         ("skim_weight", float("inf")),
         ("decision", "guess"),
         ("threshold", 1.0),

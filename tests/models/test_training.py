@@ -219,3 +219,5 @@ def test_trainer_refuses_what_it_cannot_train(tmp_path: Path) -> None:
         SkimTrainer(model=tiny("bert", "sequence"), args=_arguments(SkimTrainingArguments, tmp_path))
     with pytest.raises(ValueError, match=r"skim_ramp=2.0: must lie between"):
         _arguments(SkimTrainingArguments, tmp_path, skim_ramp=2.0)
+    with pytest.raises(ValueError, match=r"noise_decay=-0.5: must lie between"):
+        _arguments(SkimTrainingArguments, tmp_path, noise_decay=-0.5)

@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         warm_start: skimming training starts from the dense fine-tune, else from the pretrained backbone.
-        skim_ramp, distillation_weight, state_distillation_weight, predictor_learning_rate: as in
+        skim_ramp, noise_decay, distillation_weight, state_distillation_weight, predictor_learning_rate: as in
             `SkimTrainingArguments`.
         predictor_width, bias_init, temperature, skim_weight, skim_attention, pruned_training, decision: as in
             `SkimConfig`.
@@ -61,6 +61,7 @@ class Recipe:
     skim_weight: float = 4.0
     aim: bool = True
     skim_ramp: float = 0.4
+    noise_decay: float = 0.0
     distillation_weight: float = 1.0
     state_distillation_weight: float = 5.0
     skim_attention: str = "renormalized"
@@ -82,7 +83,8 @@ class Recipe:
         self._need("doc_stride", self.doc_stride is None or self.doc_stride >= 0, "at least 0")
         self._need("limit", self.limit is None or self.limit >= 4, "at least 4")
         self._need("held_out", 0 < self.held_out < 1, "strictly between 0 and 1")
-        self._need("skim_ramp", 0 <= self.skim_ramp <= 1, "from 0 to 1")
+        for name in ("skim_ramp", "noise_decay"):
+            self._need(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._need("flops_speedup", math.isfinite(x := self.flops_speedup) and x >= 1, "a finite number >= 1")
         for name in ("distillation_weight", "state_distillation_weight"):
             self._need(name, math.isfinite(weight := getattr(self, name)) and weight >= 0, "a finite number >= 0")
@@ -144,6 +146,7 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
             "skim_weight": task.paper_skim_weight,
             "aim": False,
             "skim_ramp": 0.0,
+            "noise_decay": 0.0,
             "distillation_weight": 0.0,
             "state_distillation_weight": 0.0,
             "calibration": "none",

@@ -143,6 +143,7 @@ def _arguments(recipe: Recipe, folder: Path, skimming: bool, save_steps: int | N
         **options,
         predictor_learning_rate=recipe.predictor_learning_rate,
         skim_ramp=recipe.skim_ramp,
+        noise_decay=recipe.noise_decay,
         distillation_weight=recipe.distillation_weight,
         state_distillation_weight=recipe.state_distillation_weight,
     )

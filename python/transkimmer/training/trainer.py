@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..config import SkimConfig
 from ..outputs import final_states, logits_in
 from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
@@ -46,6 +47,8 @@ class SkimTrainingArguments(TrainingArguments):
             need a larger one than the backbone; too large, and everything is skimmed before the task can object.
         skim_ramp: share of the steps over which the skim weight rises linearly from 0 to its configured value; with a
             `skim_target`, over which that falls from 1 instead.
+        noise_decay: share of the steps, the last ones, over which the noise of the draws falls linearly from its
+            configured value to 0, so that the model ends as it will decide. 0: it does not fall.
         distillation_weight: weight of the cross-entropy against the teacher's softened predictions, where batches
             carry a `teacher_logits` column.
         distillation_temperature: softening of both sides.
@@ -56,6 +59,7 @@ class SkimTrainingArguments(TrainingArguments):
 
     predictor_learning_rate: float = field(default=2e-4)
     skim_ramp: float = field(default=0.3)
+    noise_decay: float = field(default=0.0)
     distillation_weight: float = field(default=1.0)
     distillation_temperature: float = field(default=2.0)
     state_distillation_weight: float = field(default=0.0)
@@ -65,6 +69,7 @@ class SkimTrainingArguments(TrainingArguments):
         for name, low, high in (
             ("predictor_learning_rate", 0.0, 1.0),
             ("skim_ramp", 0.0, 1.0),
+            ("noise_decay", 0.0, 1.0),
             ("distillation_weight", 0.0, float("inf")),
             ("state_distillation_weight", 0.0, float("inf")),
         ):
@@ -149,7 +154,7 @@ class SkimTrainer(SteadyTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = skimming_of(self.model).config
-        self.add_callback(_SkimRamp(config.skim_weight, config.skim_target, self.args.skim_ramp))
+        self.add_callback(_Schedules(config, self.args.skim_ramp, self.args.noise_decay))
         self.curves = follow(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -209,6 +214,7 @@ class SkimTrainer(SteadyTrainer):
             logs |= {
                 "skim_weight": config.skim_weight,
                 "skim_target": config.skim_target,
+                "noise": config.noise,
                 **self.curves.scalars(config.logit_threshold),
             }
         super().log(logs, start_time)
@@ -228,28 +234,34 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
-class _SkimRamp(TrainerCallback):
-    """Raises the skim weight from 0, or lowers the share to aim at from 1: the task is heard before tokens go."""
+class _Schedules(TrainerCallback):
+    """Raises the skim weight from 0, or lowers the share to aim at from 1: the task is heard before tokens go.
 
-    def __init__(self, weight: float, target: float, ramp: float) -> None:
-        self.weight = weight
-        self.target = target
+    And lowers the noise of the draws to 0. Afterwards the configuration is again as it was.
+    """
+
+    def __init__(self, config: SkimConfig, ramp: float, noise_decay: float) -> None:
+        self.weight, self.target, self.noise = config.skim_weight, config.skim_target, config.noise
         self.ramp = ramp
+        self.noise_decay = noise_decay
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ramp_steps = self.ramp * state.max_steps
-        self._set(kwargs["model"], 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps))
+        ramp_steps, decay_steps = self.ramp * state.max_steps, self.noise_decay * state.max_steps
+        risen = 1.0 if ramp_steps <= 0 else min(1.0, state.global_step / ramp_steps)
+        left = 1.0 if decay_steps <= 0 else min(1.0, (state.max_steps - 1 - state.global_step) / decay_steps)
+        self._set(kwargs["model"], risen, left)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._set(kwargs["model"], 1.0)
+        self._set(kwargs["model"], 1.0, 1.0)
 
-    def _set(self, model: nn.Module, share: float) -> None:
+    def _set(self, model: nn.Module, risen: float, noise_left: float) -> None:
         config = skimming_of(model).config
+        config.noise = noise_left * self.noise
         if self.target:
-            config.skim_target = 1 - share * (1 - self.target)
+            config.skim_target = 1 - risen * (1 - self.target)
         else:
-            config.skim_weight = self.weight * share
+            config.skim_weight = self.weight * risen
