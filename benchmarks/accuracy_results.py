@@ -61,7 +61,7 @@ _COLUMNS: dict[str, tuple[Callable[[str], Any], str, bool]] = {
     **dict.fromkeys(("commit", "device", "decision"), (_name, "some text", True)),
     "seed": (int, "an integer", False),
     **dict.fromkeys(("skim_weight", "calibrated_to", "seconds_train"), (_number, "a finite number", True)),
-    "pruned": (_flag, "True or False", True),
+    **dict.fromkeys(("pruned", "bf16"), (_flag, "True or False", True)),
     "value": (_score, "a number from -1 to 1", False),
     **dict.fromkeys(("dense", "held_out_value", "forward_value"), (_score, "a number from -1 to 1", True)),
     "flops_speedup": (_speedup, "a number > 0", False),

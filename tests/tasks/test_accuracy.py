@@ -33,7 +33,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             text = " ".join(words.choices(["dog", "cat", "runs", "sleeps", "un"], k=words.randint(2, 9)))
             rows.append(f"{number}\t{text}\t" + ("happy\tentailment" if number % 2 else "sad\tnot_entailment"))
         (tmp_path / "data/RTE" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    monkeypatch.setattr(accuracy, "size_settings", lambda backbone, mode: QUICK)
+    monkeypatch.setattr(accuracy, "size_settings", lambda backbone, mode, task: QUICK)
     places = {"--data": "data", "--backbone": "tiny", "--results": "accuracy.csv", "--work": "work"}
     named = [part for option, place in places.items() for part in (option, str(tmp_path / place))]
     return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "1", "99"]
