@@ -141,7 +141,7 @@ def test_the_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
     first, second = accuracy_rows.read(path)
     assert (first["value"], second["value"], second["tokens_kept"]) == ("0.5", "0.333333", "[1.0, 0.1235]")
     path.write_text(path.read_text(encoding="utf-8") + "half a row,\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 4: has 2 values, must have 24"):
+    with pytest.raises(ValueError, match="line 4: has 2 values, must have 25"):
         accuracy_rows.read(path)
 
 
