@@ -50,8 +50,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
 WORK = ROOT / ".benchmarks/accuracy"  # ignored by git
 POINTS = "points.json"
-# Epochs of (dense fine-tune, skimming training in `corrected`) of backbones up to 512 wide; `paper` and `published`, which
-# start from the backbone, take as many as both together.
+# Epochs of (dense fine-tune, skimming training in `corrected`) of backbones up to 512 wide; `paper` and `published`,
+# which start from the backbone, take as many as both together.
 EPOCHS = {"sst2": (2.0, 3.0)}
 SMALL_TASK_EPOCHS = (5.0, 8.0)
 # Settings that have a column of their own; others are named in the column `mode`.

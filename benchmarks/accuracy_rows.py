@@ -13,11 +13,11 @@ from filelock import FileLock
 
 from transkimmer_kernels.files import write_whole
 
-# date, commit, device; the training: task to pruned; the point of its curve: decision, calibrated_to; bf16: whether it was
-# trained in autocast; metric: its name; dense: that metric of the dense fine-tune on the development rows; value,
-# held_out_value: of the model on these and on held-out training rows; flops_speedup: without padding; tokens_kept: JSON,
-# by layer. forward_value: of the training forward without noise, where `value` is of removal; forward_difference: of a
-# logit at most, over the largest logit.
+# date, commit, device; the training: task to pruned; the point of its curve: decision, calibrated_to; bf16: whether it
+# was trained in autocast; metric: its name; dense: that metric of the dense fine-tune on the development rows; value,
+# held_out_value: of the model on these and on held-out training rows; flops_speedup: without padding; tokens_kept:
+# JSON, by layer. forward_value: of the training forward without noise, where `value` is of removal; forward_difference:
+# of a logit at most, over the largest logit.
 TRAINING = ("task", "backbone", "mode", "seed", "skim_weight", "pruned")
 POINT = (*TRAINING, "decision", "calibrated_to")
 COLUMNS = (

@@ -66,7 +66,7 @@ def test_predictor_logit_is_the_difference_of_two_outputs() -> None:
     assert torch.allclose(predictor(hidden), (z[:, 1] - z[:, 0]).float())
 
 
-@pytest.mark.parametrize("temperature, noise", [(0.1, 1.0), (1.0, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("temperature", "noise"), [(0.1, 1.0), (1.0, 1.0), (1.0, 0.5)])
 @pytest.mark.parametrize("logit", [-2.0, 0.0, 1.5])
 def test_draws_have_the_sigmoid_as_frequency_at_any_temperature(temperature: float, noise: float, logit: float) -> None:
     torch.manual_seed(0)
