@@ -58,8 +58,8 @@ def schedule_lines(folder: str) -> list[str]:
     return [
         *lines,
         "",
-        f"BERT-base shape, batch 16, {environment['processor']} ({MACHINES[folder]}), {environment['threads']} threads, "
-        f"torch {environment['torch']}; `python benchmarks/schedules.py`.",
+        f"BERT-base shape, batch 16, {environment['processor']} ({MACHINES[folder]}), {environment['threads']} "
+        f"threads, torch {environment['torch']}; `python benchmarks/schedules.py`.",
     ]
 
 
