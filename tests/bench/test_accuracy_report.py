@@ -11,7 +11,7 @@ import pytest
 from benchmarks import accuracy_plots, accuracy_results, accuracy_tables, paper_tables, report
 
 COLUMNS = (
-    *("date", "commit", "device", "task", "backbone", "mode", "seed", "skim_weight", "pruned", "decision"),
+    *("date", "commit", "device", "task", "backbone", "mode", "seed", "skim_weight", "pruned", "bf16", "decision"),
     *("calibrated_to", "metric", "dense", "value", "held_out_value", "flops_speedup", "flops_speedup_padded"),
     *("wall_clock_speedup", "skim_efficiency", "tokens_kept", "seconds_train"),
     *("forward_value", "forward_agreement", "forward_difference"),
@@ -20,7 +20,9 @@ COLUMNS = (
 
 def row(**changes: Any) -> dict[str, Any]:
     found: dict[str, Any] = dict(date="2026-01-01", commit="aaa", device="cpu-x", task="rte", backbone="MiniLM")
-    found |= dict(mode="corrected", seed=1, skim_weight=1.0, pruned=False, decision="threshold", calibrated_to=2.0)
+    found |= dict(
+        mode="corrected", seed=1, skim_weight=1.0, pruned=False, bf16=False, decision="threshold", calibrated_to=2.0
+    )
     found |= dict(metric="accuracy", dense=0.62, value=0.60, held_out_value=0.58, flops_speedup=2.02)
     found |= dict(flops_speedup_padded=8.5, tokens_kept="[1.0, 0.5, 0.1]", seconds_train=12.5)
     return found | changes

@@ -107,7 +107,7 @@ def expect_equal(actual: Forward, expected: Forward, *, gradients: bool = True) 
         assert list(actual[2]) == list(expected[2])
         scale = max(gradient.abs().max() for gradient in expected[2].values())
         for name, gradient in expected[2].items():
-            assert (actual[2][name] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-2 * scale), name
+            assert (actual[2][name] - gradient).abs().max() <= 5e-5 * max(gradient.abs().max(), 1e-2 * scale), name
 
 
 def oracle_forward(model: PreTrainedModel, inputs: dict[str, Tensor], noise: bool = False) -> Forward:

@@ -29,7 +29,7 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
     "doc_stride": (int, "tokens that neighbouring windows on a long passage share (SQuAD)", "128"),
     "skim_weight": (float, "lambda: weight of the skim loss; more skims more", BY_MODE),
     "skim_ramp": (float, "share of the steps over which lambda rises from 0", BY_MODE),
-    "noise_decay": (float, "share of the steps, the last ones, over which decisions cease to be drawn", BY_MODE),
+    "noise_decay": (float, "share of the steps, the last ones, over which decisions cease to be drawn", None),
     "temperature": (float, "tau, of the Gumbel softmax", BY_MODE),
     "predictor_width": (int, "inner width of the skim predictors", "the hidden size"),
     "bias_init": (float, "mu0: predictors start at +mu0 for keep and -mu0 for skim", BY_MODE),
