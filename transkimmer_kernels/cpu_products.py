@@ -4,8 +4,8 @@
 * `onednn`: oneDNN, on its own layout (`onednn.py`);
 * `plain`: PyTorch, on the matrix as it is.
 
-The native operators take all three and tell them apart. `benchmarks/packing.py` measured which is best on some
-instruction sets; on the others the forms are timed once per process. Packing matters most where skimming leaves few
+The native operators take all three and tell them apart. Which is best was measured on some instruction sets
+(docs/design.md); on the others the forms are timed once per process. Packing matters most where skimming leaves few
 rows: a product on a plain matrix re-lays all of it out at every call, a cost that does not shrink with the tokens.
 """
 
@@ -26,7 +26,7 @@ from . import onednn
 FORMS = ("panels", "onednn", "plain")
 # Takes the place of the measured choice, to measure another one.
 _OVERRIDE = "TRANSKIMMER_CPU_PRODUCTS"
-# (instruction set of our kernels, dtype) -> forms in order of preference, where benchmarks/packing.py has decided.
+# (instruction set of our kernels, dtype) -> forms in order of preference, where it was measured.
 _MEASURED = {
     ("avx2", torch.float32): ("panels",),
     ("avx2", torch.bfloat16): ("onednn", "panels"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -98,7 +98,8 @@ def forward(model: PreTrainedModel, inputs: dict[str, Tensor], noise: bool = Fal
     return read.detach(), loss.detach(), gradients, records[0]
 
 
-def expect_equal(actual: Forward, expected: Forward, *, gradients: bool = True) -> None:
+def expect_equal(actual: Forward, expected: Forward, *, gradients: bool = True, none: Sequence[str] = ()) -> None:
+    """none: parts of the names of parameters whose gradients are nothing but rounding, no share of anything."""
     assert relative_error(actual[0], expected[0]) <= 1e-5
     assert actual[1].item() == pytest.approx(expected[1].item(), rel=1e-5)
     assert torch.equal(actual[3].keep_masks, expected[3].keep_masks)
@@ -107,7 +108,10 @@ def expect_equal(actual: Forward, expected: Forward, *, gradients: bool = True) 
         assert list(actual[2]) == list(expected[2])
         scale = max(gradient.abs().max() for gradient in expected[2].values())
         for name, gradient in expected[2].items():
-            assert (actual[2][name] - gradient).abs().max() <= 5e-5 * max(gradient.abs().max(), 1e-2 * scale), name
+            if any(part in name for part in none):
+                assert max(gradient.abs().max(), actual[2][name].abs().max()) <= 1e-6 * scale, name
+                continue
+            assert (actual[2][name] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-2 * scale), name
 
 
 def oracle_forward(model: PreTrainedModel, inputs: dict[str, Tensor], noise: bool = False) -> Forward:
@@ -180,7 +184,9 @@ def _biased(model: PreTrainedModel, layer: int, bias: float) -> PreTrainedModel:
 def test_layers_that_only_first_tokens_reach(head: str, layer: int) -> None:
     inputs = padded_inputs(LENGTHS)
     pruned = forward(_biased(skimming("bert", head, pruned_training=True), layer, -1e3), inputs)
-    expect_equal(pruned, oracle_forward(_biased(skimming("bert", head), layer, -1e3), inputs))
+    # A softmax over a single key is constant.
+    none = [f"layer.{i}.attention.self.{part}." for i in range(layer, LAYERS) for part in ("query", "key")]
+    expect_equal(pruned, oracle_forward(_biased(skimming("bert", head), layer, -1e3), inputs), none=none)
     assert pruned[3].layer_lengths[layer:].eq(1).all()
 
 
