@@ -64,9 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, many: bool) -> None:
 
     shapes = ", ".join(workload.RANDOM_SHAPES)
     parser.add_argument("--model", default="bert-base-shape", help=f"demo, {shapes} (random weights), hub name, folder")
-    known = sorted(workload.known_lengths())
+    known = ", ".join(sorted(workload.known_lengths()))
     parser.add_argument(
-        "--lengths", choices=known, default=default("mrpc"), **several, help="real token counts; the demo has its own"
+        "--lengths",
+        type=_lengths,
+        default=default("mrpc"),
+        **several,
+        help=f"token counts of real texts: {known}; or one number for all; the demo has its own",
     )
     parser.add_argument(
         "--schedule", help="synthetic keep ratios: a task (mrpc, sst2, ...) or numbers; default: that of the lengths"
@@ -87,7 +91,8 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     """Every combination of what `add_arguments` has taken; sets the number of threads.
 
     Raises:
-        ValueError: --device cuda without one, or a schedule for the demo, whose decisions are learned.
+        ValueError: --device cuda without one, a schedule for the demo, whose decisions are learned, or none for
+            lengths that are a number.
     """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -99,6 +104,9 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     demo = arguments.model == DEMO
     if demo and arguments.schedule:
         raise ValueError(f"--schedule {arguments.schedule}: the demo model's decisions are learned")
+    numbers = [name for name in _listed(arguments.lengths) if name.isdigit()]
+    if numbers and not demo and not arguments.schedule:
+        raise ValueError(f"--lengths {numbers[0]}: a number has no schedule of its own; name one with --schedule")
     every_lengths = [DEMO_LENGTHS] if demo else _listed(arguments.lengths)
     for dtype, lengths, size in product(_listed(arguments.dtype), every_lengths, _listed(arguments.batch_size)):
         yield Setting(
@@ -137,6 +145,13 @@ def prepare(setting: Setting, kernels: str) -> tuple[Setting, Subject, list[Batc
 
 def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
+
+
+def _lengths(text: str) -> str:
+    if text not in workload.known_lengths() and (not text.isdigit() or not 1 <= int(text) <= MAX_LENGTH):
+        known = ", ".join(sorted(workload.known_lengths()))
+        raise argparse.ArgumentTypeError(f"{text}: must be one of {known}, or a number from 1 to {MAX_LENGTH}")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -22,6 +22,8 @@ from .workload import Batch
 
 # A contender this many times slower than our dense run is timed once: it decides nothing, and would take all the time.
 HOPELESS = 5.0
+# Untimed rounds on a GPU: kernels compile, and the second and third forward of a size capture and record graphs.
+_WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ def time_in_turn(
     """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round.
 
     Those that are too slow, compared with the one called `measure` or with their budget, drop out. A call is over when
-    `device` has finished.
+    `device` has finished; on a GPU everybody has run every batch three times before the first that is timed.
     """
+    for batch in batches if device == "cuda" else ():
+        for contender in [*field] * _WARM_UP:
+            contender.run(batch.inputs)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
     runs = repeats * len(batches) * len(field)
     with tqdm(total=runs, desc="timing", unit="batch", leave=False, disable=None) as progress:

@@ -25,6 +25,7 @@ from ..skimming import CONFIG_KEY
 from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 
+_SEQUENCES = 1024  # where all have one length
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Model shapes that need no weights: what a matrix product costs does not depend on the numbers in it.
@@ -102,13 +103,16 @@ def known_lengths() -> dict[str, list[int]]:
 
 
 def lengths_of(source: str, tokenizer_name: str | None, max_length: int) -> list[int]:
-    """Lengths of a known data set, or of the lines of a text file under a tokenizer."""
+    """Lengths of a known data set, one length for many sequences, or those of a text file's lines, tokenised."""
     known = known_lengths()
     if source in known:
         return [min(length, max_length) for length in known[source]]
+    if source.isdigit() and 1 <= int(source) <= max_length:
+        return [int(source)] * _SEQUENCES
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"--lengths {source}: must be one of {', '.join(known)}, or a text file with a text per line")
+        allowed = f"one of {', '.join(known)}, a number up to {max_length}, or a text file with a text per line"
+        raise ValueError(f"--lengths {source}: must be {allowed}")
     if tokenizer_name is None:
         raise ValueError(f"--lengths {source}: a text file needs --tokenizer NAME")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
