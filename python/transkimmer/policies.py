@@ -41,7 +41,7 @@ class SchedulePolicy:
     """Synthetic: layer l works on `ratios[l]` of each sequence's tokens, chosen without looking at them.
 
     The choice is spread evenly over the sequence, the first token included, and shrinks from layer to layer. The
-    predictors run and are ignored, so that a timing includes them.
+    predictors run and are ignored, so that a timing includes them; the list is shortened once, as it is by them.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SchedulePolicy:
         self.depth = depths[lengths[sequence], position]
 
     def __call__(self, layer: int, batch: Ragged) -> None:
-        self.predictors[layer].skim(batch, self.kernels, 0.0)
+        self.predictors[layer].logit(batch, self.kernels)
         keep = self.depth > layer
         batch.slots, batch.cu_seqlens = self.kernels.compact(keep, self.slots, self.cu_seqlens, True)
 

@@ -54,7 +54,7 @@ def test_training_forward_equals_pruned_inference(
         masked = model.train()(**batch).last_hidden_state
     kept = records[0].tokens_kept
     assert kept[0] < 0.9 and kept[-1] > len(LENGTHS) / sum(LENGTHS), "the test must skim some tokens, and keep some"
-    alike = (records[0].keep_masks == records[1].keep_masks).all(0).all(1)  # [batch]
+    alike = (records[0].keep_masks == records[1].keep_masks).all(0).all(1).to(place.device)  # [batch]
     assert alike.all() if dtype == torch.float32 else alike.double().mean() >= 0.5
     real = batch["attention_mask"].bool() & alike[:, None]
     largest = pruned[real].double().abs().max()

@@ -236,6 +236,23 @@ def test_the_fastest_right_one_is_found_and_the_others_noted() -> None:
     assert tuning._forced == {}
 
 
+def test_the_best_changes_of_different_fields_are_tried_together() -> None:
+    """The wider of two tiles and the fewer of two warps; what is worse than the default, or as good, joins nobody."""
+    shapes, default = {(64, 64): 10.0, (128, 32): 6.0, (32, 32): 8.0}, Tile()
+    trials = [default._replace(shape=shape) for shape in shapes] + [default._replace(num_warps=n) for n in (2, 8)]
+    trials += [default._replace(share=default.share / 2)]
+    tunable = Tunable("tried", lambda *_: default, lambda *_: trials)
+
+    def microseconds() -> float:
+        config = tuning._forced["tried"]
+        return shapes[config.shape] * {2: 0.5, 4: 1.0, 8: 2.0}[config.num_warps]
+
+    right = lambda kernels, dtype: GOOD.to(dtype)  # noqa: E731
+    found = search(tunable, BF16, (1,), [right], lambda run: (run(), microseconds() / 1e6)[1])
+    assert (found.config, found.times) == (default._replace(shape=(128, 32), num_warps=2), [3.0])
+    assert found.tried == 1 + 5 + 1
+
+
 def test_what_is_hardly_faster_is_not_taken() -> None:
     assert _search(Trial(9.9)).config == Trial(10.0)
 

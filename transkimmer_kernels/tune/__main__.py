@@ -107,10 +107,10 @@ def start(path: Path) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Tensor]) -> float:
-    """Median time of a call on the device, its inputs not in the L2 cache."""
-    from triton.testing import do_bench
+    """Median time of a call on the device: of replays of a graph, because launching most of these takes longer."""
+    from triton.testing import do_bench_cudagraph
 
-    return do_bench(run, warmup=10, rep=50, return_mode="median") / 1e3
+    return do_bench_cudagraph(run, rep=2, return_mode="median") / 1e3
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ..ops.skim_logit import WEIGHTS
 from ..tuning import Tunable
 
 # (capacity, rows that count)
-ROWS = ((8192, 8192), (8192, 3000), (8192, 700))
+ROWS = ((8192, 8192), (8192, 3000), (8192, 1000), (8192, 300), (8192, 50))
 
 # (kernels, dtype) -> the valid rows of the result, computed by these kernels in this dtype
 Call = Callable[[str, torch.dtype], Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,10 @@ def search(
     *,
     deadline: float = float("inf"),
 ) -> Found:
-    """Tries the default and then every candidate on all `calls`, by the geometric mean of their times.
+    """Tries the default, every candidate and what the best of them make together, by the geometric mean of the times.
+
+    A candidate is a change of the default. Most touch what serves many rows or what serves few, so the best changes
+    that touch different fields are tried together in the end: all combinations would take too long to compile.
 
     Args:
         calls: from a `Problem`, one per row count.
@@ -96,21 +99,43 @@ def search(
     default = tunable.default(dtype, *sizes)
     best = measured = measure(default)
     found = Found(default, best, measured, tried=1)
-    for config in dict.fromkeys(tunable.candidates(dtype, *sizes)):
-        if config == default:
-            continue
-        if time.monotonic() > deadline:
-            found.complete = False
-            break
+    timed: dict[Any, float] = {}
+
+    def attempt(config: Any) -> None:
+        nonlocal best
         found.tried += 1
         try:
             times = measure(config)
         except Exception as error:  # does not compile, needs too much shared memory, is wrong, waits for the device
             found.dropped[str(config)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        if statistics.geometric_mean(times) < _MARGIN * statistics.geometric_mean(found.times):
+            return
+        timed[config] = statistics.geometric_mean(times)
+        if timed[config] < _MARGIN * statistics.geometric_mean(best):
             found.config, found.times = config, times
+            best = times
+
+    for config in dict.fromkeys(tunable.candidates(dtype, *sizes)):
+        if config == default:
+            continue
+        if time.monotonic() > deadline:
+            found.complete = False
+            return found
+        attempt(config)
+    limit = _MARGIN * statistics.geometric_mean(measured)
+    together = _together(default, [config for config in sorted(timed, key=timed.__getitem__) if timed[config] < limit])
+    if together != default and together not in timed:
+        attempt(together)
     return found
+
+
+def _together(default: Any, better: Sequence[Any]) -> Any:
+    """The changes of `better`, best first, as far as no field is touched twice."""
+    changes: dict[str, Any] = {}
+    for config in better:
+        own = {name: value for name, value in config._asdict().items() if value != getattr(default, name)}
+        if not own.keys() & changes.keys():
+            changes |= own
+    return default._replace(**changes)
 
 
 def _refuse_waiting(run: Callable[[], Tensor]) -> None:

@@ -4,12 +4,13 @@ One kernel computes rows @ weight^T with everything that is cheap around it: row
 A operand is loaded, and bias, exact GELU or a residual (itself gathered) are applied to the fp32 accumulator. So the
 product reads its rows, the weight and the residual once and writes [count, out]; no gathered copy exists. A LayerNorm
 needs whole rows, which at BERT's widths do not fit a tile of a product without spilling. So it is a kernel of its own
-over the sum that the product wrote, one row per program: it reads and writes [count, out] once more, mostly in the L2
-cache, and is where `ragged_linear_norm_` sends its rows to their slots.
+over the sum that the product wrote (`norms`).
 
 The product's programs stay on the device and walk the tiles, because the host knows only the capacity: after a few
 layers of skimming most of a grid made for it would be empty. For the same reason the size of the tile is chosen on the
-device: large tiles load less per multiply-add, small ones keep all multiprocessors at work once few rows are left.
+device: large tiles load less per multiply-add, small ones keep all multiprocessors at work once few rows are left. With
+very few rows there are too few tiles of any size, and each walks along the whole inner dimension alone: then, where a
+LayerNorm follows, that dimension is split among `SPLIT` programs, which write fp32 partial products for it to sum up.
 
 Sizes come from `tiling.TUNABLE`. Where its table says so, the product is a library's instead (`strategies`).
 """
@@ -29,10 +30,44 @@ from ... import triton_support
 from ...library import implement
 from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
-from . import strategies
+from . import norms, strategies
+from .norms import normalise
 from .tiling import TUNABLE, Tiling
 
 _INTERPRETED = tl.constexpr(triton_support.interpreted())
+_NO_GELU, _EXACT_GELU, _FAST_GELU = range(3)
+
+
+@triton.jit
+def _gelu(b_x):
+    """x Phi(x), with erfc by Abramowitz & Stegun 7.1.26, whose error of 1.5e-7 is lost in 16 bits.
+
+    A third of the instructions of `erf`, which in a large tile would take as long as the product itself.
+    """
+    b_abs = tl.abs(b_x)
+    b_t = 1.0 / (1.0 + 0.2316419 * b_abs)
+    b_half = (
+        (((0.5307027145 * b_t - 0.7265760135) * b_t + 0.7107068705) * b_t - 0.142248368) * b_t + 0.127414796
+    ) * b_t
+    return tl.maximum(b_x, 0.0) - b_abs * b_half * tl.exp2(-0.7213475204444817 * b_x * b_x)
+
+
+@triton.jit
+def _multiply(p_a, p_b, LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """[BM, BN] in fp32: LENGTH columns of rows of x times as many of the weight, from blocks of pointers [., BK]."""
+    b_acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, LENGTH, BK):
+        if LENGTH % BK == 0:
+            b_a = tl.load(p_a + start)
+            b_b = tl.load(p_b + start)
+        else:
+            m_k = (start + tl.arange(0, BK) < LENGTH)[None, :]
+            b_a = tl.load(p_a + start, mask=m_k, other=0.0)
+            b_b = tl.load(p_b + start, mask=m_k, other=0.0)
+        if _INTERPRETED:  # whose `dot` would multiply the bit patterns of bf16
+            b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+        b_acc = tl.dot(b_a, b_b.T, b_acc, input_precision="ieee")
+    return b_acc
 
 
 @triton.jit
@@ -45,24 +80,29 @@ def _walk_tiles(
     p_slots,
     p_residual_slots,
     count,
+    plane,
     SIZE_OUT: tl.constexpr,
     SIZE_IN: tl.constexpr,
     GELU: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHAINS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The output tiles [BM, BN] that fall to this program."""
+    """The output tiles [BM, BN] that fall to this program; SPLIT programs share one, and write a plane each."""
     tiles_m = tl.cdiv(count, BM)
     tiles_n = tl.cdiv(SIZE_OUT, BN)
+    LENGTH: tl.constexpr = SIZE_IN // SPLIT // CHAINS
     tile = tl.program_id(0)
-    while tile < tiles_m * tiles_n:  # not `range`: with NumPy 2.4, Triton 3.6's interpreter cannot take such bounds
+    while tile < tiles_m * tiles_n * SPLIT:  # not `range`: with NumPy 2.4, 3.6's interpreter cannot take such bounds
+        part, place = tile % SPLIT, tile // SPLIT
         # Programs that run together take tiles of GROUP tile rows and few tile columns: what they load, they share in
         # the L2 cache.
-        first_m = tile // (GROUP * tiles_n) * GROUP
+        first_m = place // (GROUP * tiles_n) * GROUP
         height = min(tiles_m - first_m, GROUP)
-        within = tile % (GROUP * tiles_n)
+        within = place % (GROUP * tiles_n)
         o_row = (first_m + within % height) * BM + tl.arange(0, BM)  # places in the list
         o_col = within // height * BN + tl.arange(0, BN)
         o_k = tl.arange(0, BK)
@@ -75,123 +115,106 @@ def _walk_tiles(
         b_source = tl.where(m_row, o_row, 0) if p_slots is None else tl.load(p_slots + o_row, mask=m_row, other=0)
         p_a = p_x + b_source.to(tl.int64)[:, None] * SIZE_IN + o_k[None, :]  # [BM, BK]
         p_b = p_weight + tl.where(m_col, o_col, 0).to(tl.int64)[:, None] * SIZE_IN + o_k[None, :]  # [BN, BK]
-        b_acc = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, SIZE_IN, BK):
-            if SIZE_IN % BK == 0:
-                b_a = tl.load(p_a + start)
-                b_b = tl.load(p_b + start)
-            else:
-                m_k = (start + o_k < SIZE_IN)[None, :]
-                b_a = tl.load(p_a + start, mask=m_k, other=0.0)
-                b_b = tl.load(p_b + start, mask=m_k, other=0.0)
-            if _INTERPRETED:  # whose `dot` would multiply the bit patterns of bf16
-                b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-            b_acc = tl.dot(b_a, b_b.T, b_acc, input_precision="ieee")
+        begin = 0 if SPLIT == 1 else part * (SIZE_IN // SPLIT)
+        b_acc = _multiply(p_a + begin, p_b + begin, LENGTH, BM, BN, BK)
+        for chain in range(1, CHAINS):
+            b_acc += _multiply(p_a + begin + chain * LENGTH, p_b + begin + chain * LENGTH, LENGTH, BM, BN, BK)
 
         if p_bias is not None:
             b_acc += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
-        if GELU:
+        if GELU == 1:
             b_acc = 0.5 * b_acc * (1.0 + tl.erf(b_acc * 0.7071067811865476))
+        if GELU == 2:
+            b_acc = _gelu(b_acc)
         if p_residual is not None:
             b_place = o_row
             if p_residual_slots is not None:
                 b_place = tl.load(p_residual_slots + o_row, mask=m_row, other=0)
             p_r = p_residual + b_place.to(tl.int64)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
             b_acc += tl.load(p_r, mask=m_out, other=0.0).to(tl.float32)
-        p_o = p_out + o_row.to(tl.int64)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
+        p_o = p_out + part.to(tl.int64) * plane + o_row.to(tl.int64)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
         tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_out)
         tile += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["batch", "fewest_large"])
+@triton.jit(do_not_specialize=["batch", "fewest_large", "most_split"])
 def product_kernel(
     p_x,  # [rows, in]
     p_weight,  # [out, in]
     p_bias,  # [out] or None
     p_residual,  # [rows, out] or None
     p_out,  # [capacity, out], written
+    p_partial,  # fp32 [SPLIT, most_split, out] or None, written instead where few rows are left
     p_slots,  # int32 [capacity] or None
     p_residual_slots,  # int32 [capacity] or None
     p_cu_seqlens,  # int32 [batch + 1]
     batch,
     fewest_large,  # with fewer large tiles than this, small ones
+    most_split,  # up to so many rows, the inner dimension is split
     SIZE_OUT: tl.constexpr,
     SIZE_IN: tl.constexpr,
     GELU: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHAINS: tl.constexpr,
     LARGE_M: tl.constexpr,
     LARGE_N: tl.constexpr,
     LARGE_K: tl.constexpr,
     SMALL_M: tl.constexpr,
     SMALL_N: tl.constexpr,
     SMALL_K: tl.constexpr,
+    FEW_M: tl.constexpr,
+    FEW_N: tl.constexpr,
+    FEW_K: tl.constexpr,
 ):
-    """out[i] = gelu(x[slots[i]] @ weight^T + bias) + residual[residual_slots[i]] for i < cu_seqlens[batch]."""
+    """out[i] = gelu(x[slots[i]] @ weight^T + bias) + residual[residual_slots[i]] for i < cu_seqlens[batch].
+
+    Of at most most_split rows, partial[s] = x @ weight^T over the s-th part of the inner dimension instead.
+    """
     count = tl.load(p_cu_seqlens + batch)
+    if p_partial is not None:  # noqa: SIM102 (known to the compiler; the count is not)
+        if count <= most_split:
+            _walk_tiles(
+                p_x, p_weight, None, None, p_partial, p_slots, None, count, most_split * SIZE_OUT, SIZE_OUT, SIZE_IN,
+                0, GROUP, SPLIT, CHAINS, FEW_M, FEW_N, FEW_K,
+            )  # fmt: skip
+            return
     if tl.cdiv(count, LARGE_M) * tl.cdiv(SIZE_OUT, LARGE_N) >= fewest_large:
         _walk_tiles(
-            p_x, p_weight, p_bias, p_residual, p_out, p_slots, p_residual_slots, count, SIZE_OUT, SIZE_IN,
-            GELU, GROUP, LARGE_M, LARGE_N, LARGE_K,
+            p_x, p_weight, p_bias, p_residual, p_out, p_slots, p_residual_slots, count, 0, SIZE_OUT, SIZE_IN,
+            GELU, GROUP, 1, CHAINS, LARGE_M, LARGE_N, LARGE_K,
         )  # fmt: skip
     else:
         _walk_tiles(
-            p_x, p_weight, p_bias, p_residual, p_out, p_slots, p_residual_slots, count, SIZE_OUT, SIZE_IN,
-            GELU, GROUP, SMALL_M, SMALL_N, SMALL_K,
+            p_x, p_weight, p_bias, p_residual, p_out, p_slots, p_residual_slots, count, 0, SIZE_OUT, SIZE_IN,
+            GELU, GROUP, 1, CHAINS, SMALL_M, SMALL_N, SMALL_K,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["batch"])
-def norm_kernel(
-    p_total,  # [capacity, SIZE]
-    p_weight,  # [SIZE]
-    p_bias,  # [SIZE]
-    p_out,  # [rows, SIZE], written; without slots it may be p_total
-    p_slots,  # int32 [capacity] or None
-    p_cu_seqlens,  # int32 [batch + 1]
-    batch,
-    eps,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[slots[i]] = LayerNorm(total[i]) * weight + bias for i < cu_seqlens[batch], one row per program."""
-    row = tl.program_id(0)
-    if row >= tl.load(p_cu_seqlens + batch):
-        return
-    o_col = tl.arange(0, BLOCK)
-    m_col = o_col < SIZE
-    b_x = tl.load(p_total + row.to(tl.int64) * SIZE + o_col, mask=m_col, other=0.0).to(tl.float32)
-    b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
-    b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
-    # The row is in registers, so the variance is taken around the mean: with BERT's eps of 1e-12 the difference of two
-    # large sums would be noise.
-    b_x = tl.where(m_col, b_x - tl.sum(b_x) / SIZE, 0.0)
-    b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x) / SIZE + eps) * b_weight + b_bias
-    place = row
-    if p_slots is not None:
-        place = tl.load(p_slots + row)
-    tl.store(p_out + place.to(tl.int64) * SIZE + o_col, b_y.to(p_out.dtype.element_ty), mask=m_col)
 
 
 # ---- host
 
 
 _GROUP = 8
+_REGISTERS = {torch.float32: 255}  # left to itself, the assembler stops at 168 for the sake of occupancy, and spills
+_LONGEST_CHAIN = 192  # of fp32 multiply-adds into one sum: twice that, and its error is thrice that of cuBLAS
 
 
 @functools.cache
-def _product_constants(tiling: Tiling, size_out: int, size_in: int, gelu: bool) -> dict[str, Any]:
-    names = ("LARGE_M", "LARGE_N", "LARGE_K", "SMALL_M", "SMALL_N", "SMALL_K")
-    sizes = dict(zip(names, (*tiling.large, *tiling.small), strict=True))
-    return {"SIZE_OUT": size_out, "SIZE_IN": size_in, "GELU": gelu, "GROUP": _GROUP, **sizes}
+def _product_constants(
+    tiling: Tiling, dtype: torch.dtype, size_out: int, size_in: int, gelu: bool, split: int
+) -> dict[str, Any]:
+    names = ("LARGE_M", "LARGE_N", "LARGE_K", "SMALL_M", "SMALL_N", "SMALL_K", "FEW_M", "FEW_N", "FEW_K")
+    sizes = dict(zip(names, (*tiling.large, *tiling.small, *tiling.few), strict=True))
+    chains = 1
+    if dtype == torch.float32:
+        while size_in // chains > _LONGEST_CHAIN and size_in % (2 * chains) == 0:
+            chains *= 2
+    activation = _NO_GELU if not gelu else _EXACT_GELU if dtype == torch.float32 or size_out % 8 else _FAST_GELU
+    options = {"GELU": activation, "GROUP": _GROUP, "SPLIT": split, "CHAINS": chains}
+    return {"SIZE_OUT": size_out, "SIZE_IN": size_in, **options, **sizes}
 
 
-def _norm_block(size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps): up to 1024 columns one warp holds the row and sums it up without shared memory."""
-    block = triton.next_power_of_2(size)
-    return block, min(max(block // 1024, 1), 16)
-
-
-def _product(
+def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -201,16 +224,26 @@ def _product(
     gelu: bool = False,
     residual: Tensor | None = None,
     residual_slots: Tensor | None = None,
-) -> Tensor:
-    """[capacity, out], undefined beyond the token count."""
+    summed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """[capacity, out], undefined beyond the token count, and partial products.
+
+    summed: whether `norms.normalise` follows, which can sum up partial products fp32 [split, most, out]: of at most so
+    many rows they are written instead, without bias and residual. None where the configuration does not split.
+    """
     size_out, size_in = weight.shape
     tiling = TUNABLE.config(x.device, x.dtype, size_out, size_in)
     if strategies.usable(tiling.strategy, x.dtype, size_out, size_in):
-        return strategies.product(tiling.strategy, x, weight, bias, cu_seqlens, slots, gelu, residual, residual_slots)
+        of = (x, weight, bias, cu_seqlens, slots, gelu, residual, residual_slots)
+        return strategies.product(tiling.strategy, *of), None
     capacity = x.size(0) if slots is None else slots.numel()
     out = x.new_empty((capacity, size_out))
+    split = tiling.split if summed and size_in % (tiling.split * tiling.few[2]) == 0 else 1
+    most = min(tiling.most_split, capacity)
+    partial = None if split == 1 else x.new_empty((split, most, size_out), dtype=torch.float32)
     processors = multiprocessors(x.device)
-    tiles = triton.cdiv(capacity, tiling.small[0]) * triton.cdiv(size_out, tiling.small[1])
+    few = triton.cdiv(capacity, tiling.few[0]) * triton.cdiv(size_out, tiling.few[1]) * split
+    tiles = max(few, triton.cdiv(capacity, tiling.small[0]) * triton.cdiv(size_out, tiling.small[1]))
     with torch.cuda.device_of(x):
         product_kernel[(min(tiles, tiling.programs * processors),)](
             x,
@@ -218,43 +251,26 @@ def _product(
             None if bias is None else bias.contiguous(),
             residual,
             out,
+            partial,
             slots,
             residual_slots,
             cu_seqlens,
             cu_seqlens.numel() - 1,
             int(tiling.fewest_large * processors),
-            **_product_constants(tiling, size_out, size_in, gelu),
+            most,
+            **_product_constants(tiling, x.dtype, size_out, size_in, gelu, split),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            maxnreg=_REGISTERS.get(x.dtype),
         )
-    return out
-
-
-def _normalise(
-    total: Tensor, weight: Tensor, bias: Tensor, eps: float, cu_seqlens: Tensor, out: Tensor, slots: Tensor | None
-) -> None:
-    block, num_warps = _norm_block(total.size(1))
-    with torch.cuda.device_of(total):
-        norm_kernel[(total.size(0),)](
-            total,
-            weight.contiguous(),
-            bias.contiguous(),
-            out,
-            slots,
-            cu_seqlens,
-            cu_seqlens.numel() - 1,
-            eps,
-            SIZE=total.size(1),
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    return out, partial
 
 
 @implement("ragged_linear", "triton", available=triton_support.why_not)
 def ragged_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None, activation: str
 ) -> Tensor:
-    return _product(x, weight, bias, cu_seqlens, slots, gelu=activation == "gelu")
+    return product(x, weight, bias, cu_seqlens, slots, gelu=activation == "gelu")[0]
 
 
 @implement("ragged_linear_norm", "triton", available=triton_support.why_not)
@@ -269,8 +285,10 @@ def ragged_linear_norm(
     eps: float,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    total = _product(x, weight, bias, cu_seqlens, None, residual=residual, residual_slots=residual_slots)
-    _normalise(total, norm_weight, norm_bias, eps, cu_seqlens, total, None)
+    added: dict[str, Any] = {"residual": residual, "residual_slots": residual_slots}
+    total, partial = product(x, weight, bias, cu_seqlens, None, **added, summed=True)
+    norm = (norm_weight, norm_bias, eps, cu_seqlens)
+    normalise(total, *norm, total, capacity=total.size(0), partial=partial, sum_bias=bias, **added)
     return total
 
 
@@ -287,8 +305,10 @@ def ragged_linear_norm_(
     eps: float,
     cu_seqlens: Tensor,
 ) -> None:
-    total = _product(x, weight, bias, cu_seqlens, None, residual=residual)
-    _normalise(total, norm_weight, norm_bias, eps, cu_seqlens, hidden, slots)
+    total, partial = product(x, weight, bias, cu_seqlens, None, residual=residual, summed=True)
+    norm = (norm_weight, norm_bias, eps, cu_seqlens)
+    sums = {"partial": partial, "sum_bias": bias, "residual": residual}
+    normalise(total, *norm, hidden, capacity=total.size(0), slots=slots, **sums)
 
 
 # ---- what is compiled ahead of time
@@ -305,43 +325,29 @@ def _product_specialisations(
 ) -> Iterator[Specialisation]:
     """In every configuration that may be chosen; `without`: the pointers that are None."""
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element)
+    pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element) | {"p_partial": "*fp32"}
     pointers |= dict.fromkeys(("p_slots", "p_residual_slots", "p_cu_seqlens"), "*i32")
-    present = {pointer: kind for pointer, kind in pointers.items() if pointer not in without}
     ours = [t for t in TUNABLE.shipped(dtype, size_out, size_in) if t.strategy == "triton"]
     for number, tiling in enumerate(ours):
         measured = f" measured {number}" if number else ""
+        split = tiling.split if "p_residual" not in without and size_in % (tiling.split * tiling.few[2]) == 0 else 1
+        absent = (*without, "p_partial") if split == 1 else without
+        present = {pointer: kind for pointer, kind in pointers.items() if pointer not in absent}
         yield Specialisation(
             name=f"product {name} {size_in}->{size_out} {str(dtype).removeprefix('torch.')}{measured}",
             kernel=product_kernel,
-            signature={**present, "batch": "i32", "fewest_large": "i32"},
-            constants={**dict.fromkeys(without), **_product_constants(tiling, size_out, size_in, gelu)},
+            signature={**present, "batch": "i32", "fewest_large": "i32", "most_split": "i32"},
+            constants={**dict.fromkeys(absent), **_product_constants(tiling, dtype, size_out, size_in, gelu, split)},
             aligned=tuple(present),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
             matmul=dtype != torch.float32,
+            maxnreg=_REGISTERS.get(dtype),
         )
 
 
-def _norm_specialisation(dtype: torch.dtype, size: int, scatter: bool) -> Specialisation:
-    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    pointers = dict.fromkeys(("p_total", "p_weight", "p_bias", "p_out"), element)
-    pointers |= dict.fromkeys(("p_slots", "p_cu_seqlens") if scatter else ("p_cu_seqlens",), "*i32")
-    block, num_warps = _norm_block(size)
-    return Specialisation(
-        name=f"norm {size}{' scatter' if scatter else ''} {str(dtype).removeprefix('torch.')}",
-        kernel=norm_kernel,
-        signature={**pointers, "batch": "i32", "eps": "fp32"},
-        constants={**({} if scatter else {"p_slots": None}), "SIZE": size, "BLOCK": block},
-        aligned=tuple(pointers),
-        num_warps=num_warps,
-        num_stages=3,
-        matmul=False,
-    )
-
-
 def specialisations() -> Iterator[Specialisation]:
-    """The four products of an encoder layer, some of awkward widths, LayerNorm at the usual ones, and `strategies`."""
+    """The four products of an encoder layer, some of awkward widths, `norms` and `strategies`."""
     plain = ("p_residual", "p_residual_slots")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from _product_specialisations("gathered", dtype, 2304, 768, without=plain)
@@ -350,7 +356,5 @@ def specialisations() -> Iterator[Specialisation]:
         yield from _product_specialisations("residual", dtype, 768, 3072, without=("p_slots", "p_residual_slots"))
         yield from _product_specialisations("gelu", dtype, 1200, 312, gelu=True, without=(*plain, "p_slots", "p_bias"))
         yield from _product_specialisations("gathered gelu", dtype, 99, 33, gelu=True, without=plain)
-        for size in (384, 768, 1024):
-            yield _norm_specialisation(dtype, size, scatter=size == 768)
-        yield _norm_specialisation(dtype, 768, scatter=False)
+    yield from norms.specialisations()
     yield from strategies.specialisations()

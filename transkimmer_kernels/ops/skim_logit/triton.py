@@ -1,11 +1,16 @@
 """`skim_logit` in Triton: LayerNorm -> Linear -> LayerNorm -> GELU -> dot, over the listed rows only.
 
-A program of `_product` owns a tile of rows times a tile of the inner columns. It reads its rows through `slots`, once
-for their statistics and once more, from cache, to normalise them on the way into the matrix product; so neither
-gathered nor normalised rows are ever written. Where one column tile holds the whole inner row (m <= 256), the second
-LayerNorm, the GELU and the dot product follow in registers, and 4 bytes per row are written. Wider predictors do not
-fit: `_product` writes the inner rows in the model's dtype (2 m bytes per row in bf16, and as many read back), and
-`_finish` takes it from there.
+In one of two forms, by configuration:
+
+* fused: a program of `_product` owns a tile of rows times a tile of the inner columns. It reads its rows through
+  `slots`, once for their statistics and once more, from cache, to normalise them on the way into the matrix product; so
+  neither gathered nor normalised rows are ever written. Where one column tile holds the whole inner row (m <= 256), the
+  second LayerNorm, the GELU and the dot product follow in registers, and 4 bytes per row are written. Wider predictors
+  do not fit: `_product` writes the inner rows in the model's dtype (2 m bytes per row in bf16, and as many read back),
+  and `_finish` takes it from there.
+* steps: the rows are normalised into a list of their own (`norms`), the product is `ragged_linear`'s, and `_finish`
+  follows. What is written and read back lies in the L2 cache, and a product whose operands need no arithmetic first is
+  so much faster that a wide predictor takes half of the time (docs/kernels.md).
 
 The same kernels serve `skim_tokens`: told to, they write a decision of 1 byte instead of a logit.
 """
@@ -23,8 +28,11 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
+from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
 from ...tuning import Tunable
+from ..ragged_linear.norms import normalise
+from ..ragged_linear.triton import product
 
 # Triton 3.6's interpreter multiplies the bit patterns of bf16 operands; in fp32 their product is the same.
 _WIDEN = tl.constexpr(triton_support.interpreted())
@@ -156,32 +164,33 @@ def _finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """From inner rows [capacity, M] to results; a row lies in one tile, BN >= M."""
-    first_row = tl.program_id(0).to(tl.int64) * BM
+    """From inner rows [capacity, M] to results; a row lies in one tile, BN >= M, and a program walks over tiles."""
     count = tl.load(p_cu_seqlens + batch)
-    if first_row >= count:
-        return
-    o_row = first_row + tl.arange(0, BM)  # [BM]
-    m_row = o_row < count
     o_n = tl.arange(0, BN)
     m_n = o_n < M
-    p_tile = p_inner + o_row[:, None] * M + o_n[None, :]
-    b_inner = tl.load(p_tile, mask=m_row[:, None] & m_n[None, :], other=0).to(tl.float32)  # [BM, BN]
-    b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
-    b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
-    b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
-    b_logit = _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
-    _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
+    first = tl.program_id(0) * BM
+    while first < count:
+        o_row = first + tl.arange(0, BM)  # [BM]
+        m_row = o_row < count
+        p_tile = p_inner + o_row.to(tl.int64)[:, None] * M + o_n[None, :]
+        b_inner = tl.load(p_tile, mask=m_row[:, None] & m_n[None, :], other=0).to(tl.float32)  # [BM, BN]
+        b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
+        b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
+        b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
+        b_logit = _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
+        _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
+        first += tl.num_programs(0) * BM
 
 
 class _Tile(NamedTuple):
-    """How `_product` is cut: rows x inner columns of a program, and the length of its steps."""
+    """How `_product` is cut, rows x inner columns of a program and the length of its steps; or that it does not run."""
 
     rows: int
     columns: int
     k: int
     num_warps: int
     num_stages: int
+    form: str = "fused"  # or "steps"
 
 
 def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
@@ -192,6 +201,7 @@ def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
         tile = _Tile(16, 256, 16, num_warps=8, num_stages=3) if wide else _Tile(32, 64, 16, num_warps=4, num_stages=3)
     else:
         tile = _Tile(64, 256, 64, num_warps=8, num_stages=3) if wide else _Tile(64, 128, 64, num_warps=4, num_stages=3)
+        tile = tile._replace(form="fused" if inner <= 256 else "steps")
     return tile._replace(columns=min(tile.columns, _widest(inner)))
 
 
@@ -202,6 +212,7 @@ def _widest(inner: int) -> int:
 
 def _candidates(dtype: torch.dtype, width: int, inner: int) -> Iterator[_Tile]:
     half = dtype != torch.float32
+    yield _default(dtype, width, inner)._replace(form="steps")
     rows, k, stages = ((32, 64, 128), 64, (2, 3, 4)) if half else ((16, 32, 64), 16, (2, 3))
     for tile in itertools.product(rows, (64, 128, 256), (k,), (4, 8), stages):
         if tile[1] <= _widest(inner):
@@ -228,6 +239,9 @@ def _product_config(tile: _Tile, dtype: torch.dtype, width: int, inner: int, dec
     return _Config(constants, tile.num_warps, tile.num_stages)
 
 
+_PROGRAMS = 8  # of `_finish`, per multiprocessor
+
+
 def _finish_config(inner: int, decide: bool) -> _Config:
     columns = triton.next_power_of_2(inner)
     rows = max(1, 4096 // columns)
@@ -245,21 +259,29 @@ def score_tokens(
     width, inner = hidden.size(1), weights[3].numel()
     scalars = (eps, threshold or 0.0)
     tile = TUNABLE.config(hidden.device, hidden.dtype, width, inner)
-    config = _product_config(tile, hidden.dtype, width, inner, decide)
-    block_columns = config.constants["BN"]
-    fused = block_columns >= inner
-    target = out if fused else hidden.new_empty(capacity, inner)
     if capacity == 0:
         return out.view(torch.bool) if decide else out
+    processors = multiprocessors(hidden.device)
     with torch.cuda.device_of(hidden):
-        grid = (triton.cdiv(capacity, config.constants["BM"]) * triton.cdiv(inner, block_columns),)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        _product[grid](target, hidden, slots, cu_seqlens, batch, *weights, *scalars, **config.constants, **options)
+        if tile.form == "steps":
+            normed, fused = hidden.new_empty(capacity, width), False
+            normalise(hidden, *weights[:2], eps, cu_seqlens, normed, capacity=capacity, source_slots=slots)
+            inner_rows, _ = product(normed, weights[2], weights[3], cu_seqlens, None)
+        else:
+            config = _product_config(tile, hidden.dtype, width, inner, decide)
+            block_columns = config.constants["BN"]
+            fused = block_columns >= inner
+            inner_rows = out if fused else hidden.new_empty(capacity, inner)
+            grid = (triton.cdiv(capacity, config.constants["BM"]) * triton.cdiv(inner, block_columns),)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            arguments = (inner_rows, hidden, slots, cu_seqlens, batch, *weights, *scalars)
+            _product[grid](*arguments, **config.constants, **options)
         if not fused:
             config = _finish_config(inner, decide)
-            grid = (triton.cdiv(capacity, config.constants["BM"]),)
+            programs = min(triton.cdiv(capacity, config.constants["BM"]), _PROGRAMS * processors)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            _finish[grid](out, target, cu_seqlens, batch, *weights[4:], *scalars, **config.constants, **options)
+            arguments = (out, inner_rows, cu_seqlens, batch, *weights[4:], *scalars)
+            _finish[(programs,)](*arguments, **config.constants, **options)
     return out.view(torch.bool) if decide else out
 
 
@@ -288,11 +310,11 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype, kind in kinds.items():
         for width, inner, decide in ((384, 192, True), (384, 384, False), (768, 768, False)):
             tiles = TUNABLE.shipped(dtype, width, inner)
-            for number, tile in enumerate(tiles):
+            for number, tile in enumerate(t for t in tiles if t.form == "fused"):
                 name = f"product {width}->{inner} {kind}" + (f" measured {number}" if number else "")
                 config = _product_config(tile, dtype, width, inner, decide)
                 yield _specialisation(name, _product, kind, config, dtype != torch.float32)
-            if any(tile.columns < inner for tile in tiles):
+            if any(tile.form == "steps" or tile.columns < inner for tile in tiles):
                 yield _specialisation(f"finish {inner} {kind}", _finish, kind, _finish_config(inner, decide), False)
 
 

@@ -1,0 +1,199 @@
+"""LayerNorm over the rows that count, whose number is read on the device: behind a product, and before the predictor.
+
+A program takes ROWS rows at a time, two warps each, and walks on: the host knows only the capacity, and a program for
+every row there is room for would take longer to launch than the rows that are left take to compute. What is normalised
+is a row of `p_total`; or, of few rows, the sum of the partial products of `product_kernel` with bias and residual.
+Reads and writes [count, SIZE] once, mostly in the L2 cache, by slots on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_blocks import multiprocessors
+from ...triton_support import Specialisation
+
+_ROWS = 2
+_PROGRAMS = 8  # per multiprocessor
+_REGISTERS = 96  # left to itself, the assembler stops at 64 for the sake of occupancy, and spills
+
+
+@triton.jit
+def _places(p_slots, o_row, m_row):
+    return o_row.to(tl.int64) if p_slots is None else tl.load(p_slots + o_row, mask=m_row, other=0).to(tl.int64)
+
+
+@triton.jit
+def _sum_of_parts(
+    p_partial,
+    p_bias,
+    p_residual,
+    p_residual_slots,
+    o_row,
+    o_col,
+    m_row,
+    m_col,
+    most_split,
+    SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """[ROWS, BLOCK] in fp32: the partial products of the rows, their residual and the bias."""
+    m_x = m_row[:, None] & m_col[None, :]
+    p_r = p_residual + _places(p_residual_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+    b_x = tl.load(p_r, mask=m_x, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_x += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    for part in tl.static_range(SPLIT):
+        o_part = (part * most_split + o_row).to(tl.int64)
+        b_x += tl.load(p_partial + o_part[:, None] * SIZE + o_col[None, :], mask=m_x, other=0.0)
+    return b_x
+
+
+@triton.jit(do_not_specialize=["batch", "most_split"])
+def norm_kernel(
+    p_total,  # [rows, SIZE]
+    p_partial,  # fp32 [SPLIT, most_split, SIZE] or None: summed up instead of p_total, of up to most_split rows
+    p_sum_bias,  # [SIZE] or None, added to that sum
+    p_residual,  # [rows, SIZE], likewise; None without p_partial
+    p_residual_slots,  # int32 [capacity] or None
+    p_weight,  # [SIZE]
+    p_bias,  # [SIZE]
+    p_out,  # [rows, SIZE], written; without slots it may be p_total
+    p_source_slots,  # int32 [capacity] or None
+    p_slots,  # int32 [capacity] or None
+    p_cu_seqlens,
+    batch,
+    most_split,
+    eps,
+    SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[slots[i]] = LayerNorm(total[source_slots[i]]) * weight + bias for i < cu_seqlens[batch]."""
+    count = tl.load(p_cu_seqlens + batch)
+    o_col = tl.arange(0, BLOCK)
+    m_col = o_col < SIZE
+    first = tl.program_id(0) * ROWS
+    while first < count:
+        o_row = first + tl.arange(0, ROWS)
+        m_row = o_row < count
+        m_x = m_row[:, None] & m_col[None, :]
+        p_x = p_total + _places(p_source_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+        if p_partial is None:
+            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        elif count <= most_split:
+            parts = (p_partial, p_sum_bias, p_residual, p_residual_slots)
+            b_x = _sum_of_parts(*parts, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
+        else:
+            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+        # The row is in registers, so the variance is taken around the mean: with BERT's eps of 1e-12 the difference of
+        # two large sums would be noise.
+        b_x = tl.where(m_col[None, :], b_x - (tl.sum(b_x, 1) / SIZE)[:, None], 0.0)
+        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / SIZE + eps)
+        b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
+        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
+        b_y = b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
+        p_y = p_out + _places(p_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+        tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_x)
+        first += tl.num_programs(0) * ROWS
+
+
+# ---- host
+
+
+def _shape(size: int) -> dict[str, int]:
+    """Up to 1024 columns one warp holds a row and sums it up without shared memory."""
+    block = triton.next_power_of_2(size)
+    rows = max(1, _ROWS * 1024 // max(block, 1024))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(4, block // 1024), 16)}
+
+
+def normalise(
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    *,
+    capacity: int,
+    source_slots: Tensor | None = None,
+    slots: Tensor | None = None,
+    partial: Tensor | None = None,
+    sum_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_slots: Tensor | None = None,
+) -> None:
+    """Writes `out`; of up to partial.size(1) rows the sum of `partial`, `sum_bias` and `residual` replaces `total`."""
+    shape = _shape(total.size(1))
+    split, most_split = (1, 0) if partial is None else partial.shape[:2]
+    programs = min(triton.cdiv(capacity, shape["ROWS"]), _PROGRAMS * multiprocessors(total.device))
+    with torch.cuda.device_of(total):
+        norm_kernel[(programs,)](
+            total,
+            partial,
+            None if partial is None or sum_bias is None else sum_bias.contiguous(),
+            None if partial is None else residual,
+            None if partial is None else residual_slots,
+            weight.contiguous(),
+            bias.contiguous(),
+            out,
+            source_slots,
+            slots,
+            cu_seqlens,
+            cu_seqlens.numel() - 1,
+            most_split,
+            eps,
+            SIZE=total.size(1),
+            SPLIT=split,
+            maxnreg=_REGISTERS,
+            **shape,
+        )
+
+
+# ---- what is compiled ahead of time
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """At the usual widths, plain, with a scatter, with a gather, and with partial sums."""
+    elements = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    plain = ("p_total", "p_weight", "p_bias", "p_out")
+    sums = ("p_partial", "p_sum_bias", "p_residual")
+    slots = ("p_residual_slots", "p_source_slots", "p_slots")
+    for dtype, element in elements.items():
+        for name, sizes, extra in (
+            ("", (384, 768, 1024), ()),
+            (" scatter", (768,), ("p_slots",)),
+            (" gather", (768,), ("p_source_slots",)),
+            (" sum", (768,), (*sums, "p_residual_slots")),
+            (" sum scatter", (768, 1024), (*sums, "p_slots")),
+        ):
+            present = (*plain, *extra)
+            kinds = dict.fromkeys((*plain, *sums), element) | {"p_partial": "*fp32"} | dict.fromkeys(slots, "*i32")
+            absent = dict.fromkeys(key for key in kinds if key not in present)
+            signature = {key: kinds[key] for key in present} | {"p_cu_seqlens": "*i32"}
+            for size in sizes:
+                shape = _shape(size)
+                yield Specialisation(
+                    name=f"norm {size}{name} {str(dtype).removeprefix('torch.')}",
+                    kernel=norm_kernel,
+                    signature={**signature, "batch": "i32", "most_split": "i32", "eps": "fp32"},
+                    constants={
+                        **absent,
+                        "SIZE": size,
+                        "SPLIT": 4 if "p_partial" in present else 1,
+                        "ROWS": shape["ROWS"],
+                        "BLOCK": shape["BLOCK"],
+                    },
+                    aligned=tuple(signature),
+                    num_warps=shape["num_warps"],
+                    num_stages=3,
+                    matmul=False,
+                    maxnreg=_REGISTERS,
+                )
