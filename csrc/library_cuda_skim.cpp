@@ -41,7 +41,7 @@ transkimmer::SkimLogitArguments check_predictor(const Tensor& hidden, const Tens
   check_size("fc_weight", p.fc_weight.size(1), width);
   STD_TORCH_CHECK(transkimmer::skim_logit_fits(width, inner), "hidden has width ", width,
                   " and the predictor ", inner,
-                  "; this kernel takes multiples of 64 up to 1024, and 192, 384 or 768");
+                  "; this kernel takes multiples of 64 up to 1024, and 192");
   transkimmer::SkimLogitArguments arguments{};
   arguments.hidden = hidden.const_data_ptr();
   arguments.slots = slots.const_data_ptr<int32_t>();

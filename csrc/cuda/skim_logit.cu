@@ -16,12 +16,9 @@
 // that LN2 and the dot product exchange. Statistics are taken in two passes over registers, in fp32; the
 // inner row is not rounded.
 //
-// The price is that every block reads all of W, from L2: 32 FLOPs for each of its bytes, where an A100 (312
-// TFLOPS, 5120 bytes of L2 per clock) needs 43 to keep its matrix units busy, and later devices need more.
-// For 384 -> 192 that is 144 KiB and lost among the latencies; for 768 -> 768 it is 1.1 MiB, and with many
-// thousand rows a product with taller tiles, which has to write the inner rows, reads less. 64 rows to a
-// block would halve the reads and take 192 accumulators a thread: with the loads ahead, more registers than
-// there are.
+// The price is that every block reads all of W, from L2: 144 KiB for 384 -> 192, and lost among the
+// latencies. For 768 -> 768 it was 1.1 MiB, 12 blocks of accumulators a lane, and 34 us whatever the row
+// count (H200), where three kernels of Triton's take 9 to 19; so this one serves narrow predictors only.
 
 #include "transkimmer/skim_logit.cuh"
 
@@ -125,7 +122,7 @@ __device__ void multiply(const uint16_t* rows, const uint16_t* weight, int width
   uint4 next[kBlocks];
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) next[block] = load8(weight, (8 * block + r) * width + column);
-#pragma unroll(kBlocks > 6 ? 1 : 2)  // two steps of the widest need more registers than there are
+#pragma unroll(2)
   for (int k = 0; k < width; k += 32) {
     uint4 w[kBlocks];
 #pragma unroll
@@ -267,23 +264,13 @@ cudaError_t launch(const SkimLogitArguments& arguments, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
-template <class T>
-cudaError_t launch(const SkimLogitArguments& arguments, cudaStream_t stream) {
-  switch (arguments.inner / (8 * kWarps)) {
-    case 3:
-      return launch<T, 3>(arguments, stream);
-    case 6:
-      return launch<T, 6>(arguments, stream);
-    default:
-      return launch<T, 12>(arguments, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t skim_logit(const SkimLogitArguments& arguments, Float16 format, cudaStream_t stream) {
   if (!skim_logit_fits(arguments.width, arguments.inner)) return cudaErrorInvalidValue;
-  return format == Float16::kFp16 ? launch<Fp16>(arguments, stream) : launch<Bf16>(arguments, stream);
+  constexpr int kBlocks = 192 / (8 * kWarps);
+  return format == Float16::kFp16 ? launch<Fp16, kBlocks>(arguments, stream)
+                                  : launch<Bf16, kBlocks>(arguments, stream);
 }
 
 }  // namespace transkimmer

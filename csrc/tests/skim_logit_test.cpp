@@ -154,13 +154,13 @@ void check_format(std::mt19937& random) {
   check<T>(random, 64, 192, 1, 0);
   check<T>(random, 128, 192, 31, 40);
   check<T>(random, 384, 192, 33, 0, 32);
-  check<T>(random, 64, 384, 70, 3, 0);
-  check<T>(random, 768, 768, 5, 1, 2);
+  check<T>(random, 64, 192, 70, 3, 0);
+  check<T>(random, 768, 192, 5, 1, 2);
   check<T>(random, 1024, 192, 32, 1);
 }
 
-static_assert(skim_logit_fits(384, 192) && skim_logit_fits(768, 768) && !skim_logit_fits(64, 32));
-static_assert(!skim_logit_fits(0, 192) && !skim_logit_fits(96, 192) && !skim_logit_fits(1088, 768));
+static_assert(skim_logit_fits(384, 192) && !skim_logit_fits(768, 768) && !skim_logit_fits(64, 32));
+static_assert(!skim_logit_fits(0, 192) && !skim_logit_fits(96, 192) && !skim_logit_fits(1088, 192));
 
 }  // namespace
 

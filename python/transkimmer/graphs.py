@@ -57,6 +57,7 @@ class GraphedForward:
         self._refused: dict[Hashable, str] = {}
         self._watch: Watch | None = None
         self._weights: weakref.ref[EncoderWeights] | None = None
+        self._longest: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in ("_model", "_encoder", "mode", "sizes")}  # graphs cannot be copied
@@ -79,7 +80,8 @@ class GraphedForward:
         return replica
 
     def _device(self) -> torch.device:
-        return next(self._encoder.parameters()).device
+        weight: Tensor = self._encoder.skim_predictors[0].fc.weight  # type: ignore[union-attr, assignment]
+        return weight.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self._model).forward
@@ -129,7 +131,7 @@ class GraphedForward:
             self.cache.clear()
             self._seen.clear()
             self._refused.clear()
-            self._watch = self._weights = None
+            self._watch = self._weights = self._longest = None
 
     def _why_not_now(self) -> str | None:
         """Why no forward could be replayed, whatever its inputs."""
@@ -166,14 +168,26 @@ class GraphedForward:
                 inputs[name] = value
             elif value is not None and (name not in _DEFAULTS or value is not _DEFAULTS[name]):
                 return f"the argument {name} was given"
-        return _checked(inputs, self._device(), _longest(self._model))
+        if self._longest is None:
+            self._longest = _longest(self._model)
+        return _checked(inputs, self._device(), self._longest)
 
     def _serve(self, request: Request) -> ModelOutput | str:
-        """The output of a replay; where there was none, the reason."""
-        if (why_not := self._why_not_these_modules()) is not None:
-            return why_not
+        """The output of a replay; where there was none, the reason.
+
+        A graph that is there runs at once, and while the device works the host looks whether it should have: that takes
+        longer than enqueuing it.
+        """
         size = self._size(request)
         key = self._key(request, size)
+        output = self._replay_at_once(request, size) if key in self.cache and not self._weights_are_gone() else None
+        why_not = self._why_not_these_modules()
+        if output is not None:
+            if why_not is None and key in self.cache:
+                return output
+            self.cache.replays -= 1  # in vain
+        if why_not is not None:
+            return why_not
         if key not in self.cache:
             if key in self._refused:
                 return self._refused[key]
@@ -189,6 +203,13 @@ class GraphedForward:
             reason = self._refused[key] = f"capturing failed: {type(error).__name__}: {error}"
             warnings.warn(f"{type(self._model).__name__} runs without a CUDA graph: {reason}", stacklevel=4)
             return reason
+
+    def _replay_at_once(self, request: Request, size: tuple[int, int]) -> ModelOutput | None:
+        """Before anybody has looked whether the graph is of these weights: it holds what it reads, and does no harm."""
+        try:
+            return self._replay(request, size)
+        except Exception:  # raised again by the replay that follows, unless the reason is a change
+            return None
 
     def _why_not_these_modules(self) -> str | None:
         """Drops the graphs when a parameter is another; then, why a replay would not be what the modules do."""
@@ -275,6 +296,8 @@ class _StaticForward:
             features = x.shape[-1:] if name == "inputs_embeds" else ()
             self.inputs[name] = x.new_zeros((*self.shape, *features), dtype=_DTYPES.get(name, x.dtype))
         self.nbytes = sum(x.nbytes for x in self.inputs.values())
+        # Kept while the graph is: parameters may be given other memory before anybody looks.
+        self._read = [x.detach() for x in (*model.parameters(), *model.buffers())]
         # Which axes of an output are as long as the sequence is: told by a forward that is one token shorter.
         shorter = (*self.shape[:-1], max(size[1] - 1, 1))
         self._shorter = {name: x.shape for name, x in self._forward(shorter).items()}
@@ -296,7 +319,8 @@ class _StaticForward:
 
     def load(self, request: Request) -> None:
         """Ids and embeddings beyond the request stay what they were: the mask takes them out."""
-        self.inputs["attention_mask"].zero_()
+        if request.shape != self.shape:
+            self.inputs["attention_mask"].zero_()
         for name, buffer in self._cut(request.shape).items():
             if name in request.inputs:
                 buffer.copy_(request.inputs[name])

@@ -49,8 +49,8 @@ class SchedulePolicy:
     ) -> None:
         self.predictors = predictors
         self.kernels = kernels
-        # By position in the list that the encoder starts with: how many layers work on the token.
-        self.depth = torch.zeros(batch.capacity, dtype=torch.int16, device=batch.slots.device)
+        # By position in the list that the encoder starts with: [layers, capacity].
+        self.keep = torch.zeros(len(ratios), batch.capacity, dtype=torch.bool, device=batch.slots.device)
         self.slots, self.cu_seqlens = batch.slots, batch.cu_seqlens
         if batch.batch == 0:
             return
@@ -62,12 +62,12 @@ class SchedulePolicy:
         longest = batch.max_seqlen if batch.max_seqlen <= _LONGEST_TABLE else int(lengths.max())
         depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
         position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
-        self.depth = depths[lengths[sequence], position]
+        layer = torch.arange(len(ratios), device=token.device)
+        self.keep = depths[lengths[sequence], position] > layer[:, None]
 
     def __call__(self, layer: int, batch: Ragged) -> None:
         self.predictors[layer].logit(batch, self.kernels)
-        keep = self.depth > layer
-        batch.slots, batch.cu_seqlens = self.kernels.compact(keep, self.slots, self.cu_seqlens, True)
+        batch.slots, batch.cu_seqlens = self.kernels.compact(self.keep[layer], self.slots, self.cu_seqlens, True)
 
 
 def scheduled_count(length: Tensor, ratio: float) -> Tensor:

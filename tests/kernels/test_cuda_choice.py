@@ -50,13 +50,13 @@ def _predictor(width: int, inner: int, dtype: torch.dtype = torch.float16) -> tu
     return torch.zeros(3, width, dtype=dtype), tuple(torch.zeros(shape, dtype=dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize(("width", "inner"), [(384, 192), (384, 384), (768, 384), (768, 768), (64, 192), (1024, 768)])
+@pytest.mark.parametrize(("width", "inner"), [(384, 192), (768, 192), (64, 192), (1024, 192)])
 def test_predictors_that_fit(width: int, inner: int) -> None:
     for dtype in skim.DTYPES:
         assert skim.fits(*_predictor(width, inner, dtype))
 
 
-@pytest.mark.parametrize(("width", "inner"), [(96, 192), (1088, 768), (64, 32), (768, 512), (1024, 1024)])
+@pytest.mark.parametrize(("width", "inner"), [(96, 192), (1088, 192), (64, 32), (384, 384), (768, 768)])
 def test_predictors_that_do_not(width: int, inner: int) -> None:
     assert not skim.fits(*_predictor(width, inner))
 

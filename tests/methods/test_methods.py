@@ -134,7 +134,7 @@ def test_schedule_counts_and_spread(lengths: tuple[int, ...]) -> None:
     total = sum(lengths)
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     batch = Ragged.from_packed(torch.zeros(total, 4), cu_seqlens, max(lengths))
-    depth = SchedulePolicy([1.0, 0.5, 0.1], batch, [], REFERENCE).depth
+    depth = SchedulePolicy([1.0, 0.5, 0.1], batch, [], REFERENCE).keep.sum(0)
     for start, n in zip(cu_seqlens.tolist(), lengths, strict=False):
         own = depth[start : start + n]
         assert [int((own > layer).sum()) for layer in range(3)] == [n, max(1, round(n * 0.5)), max(1, round(n * 0.1))]

@@ -27,7 +27,7 @@ struct SkimLogitArguments {
 
 // Widths that the kernel is compiled for; others are somebody else's.
 TRANSKIMMER_HOST_DEVICE constexpr bool skim_logit_fits(int64_t width, int64_t inner) {
-  return width > 0 && width <= 1024 && width % 64 == 0 && (inner == 192 || inner == 384 || inner == 768);
+  return width > 0 && width <= 1024 && width % 64 == 0 && inner == 192;
 }
 
 // Enqueues the kernel and returns. Allocates nothing and never waits for the device: a graph can capture it.

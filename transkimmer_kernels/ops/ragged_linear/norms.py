@@ -9,6 +9,7 @@ Reads and writes [count, SIZE] once, mostly in the L2 cache, by slots on either 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -107,6 +108,18 @@ def norm_kernel(
 # ---- host
 
 
+class Sums(NamedTuple):
+    """What a row is the sum of, see `norm_kernel`; nothing where there are no partial products."""
+
+    partial: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    residual_slots: Tensor | None
+
+
+_NO_SUMS = Sums(None, None, None, None)
+
+
 def _shape(size: int) -> dict[str, int]:
     """Up to 1024 columns one warp holds a row and sums it up without shared memory."""
     block = triton.next_power_of_2(size)
@@ -125,22 +138,20 @@ def normalise(
     capacity: int,
     source_slots: Tensor | None = None,
     slots: Tensor | None = None,
-    partial: Tensor | None = None,
-    sum_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_slots: Tensor | None = None,
+    sums: Sums = _NO_SUMS,
 ) -> None:
-    """Writes `out`; of up to partial.size(1) rows the sum of `partial`, `sum_bias` and `residual` replaces `total`."""
+    """Writes `out`; of up to sums.partial.size(1) rows, `sums` replaces `total`."""
     shape = _shape(total.size(1))
+    partial, bias_added, residual, residual_slots = sums if sums.partial is not None else _NO_SUMS
     split, most_split = (1, 0) if partial is None else partial.shape[:2]
     programs = min(triton.cdiv(capacity, shape["ROWS"]), _PROGRAMS * multiprocessors(total.device))
     with torch.cuda.device_of(total):
         norm_kernel[(programs,)](
             total,
             partial,
-            None if partial is None or sum_bias is None else sum_bias.contiguous(),
-            None if partial is None else residual,
-            None if partial is None else residual_slots,
+            None if bias_added is None else bias_added.contiguous(),
+            residual,
+            residual_slots,
             weight.contiguous(),
             bias.contiguous(),
             out,

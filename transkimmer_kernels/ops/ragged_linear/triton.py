@@ -31,7 +31,7 @@ from ...library import implement
 from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
 from . import norms, strategies
-from .norms import normalise
+from .norms import Sums, normalise
 from .tiling import TUNABLE, Tiling
 
 _INTERPRETED = tl.constexpr(triton_support.interpreted())
@@ -285,10 +285,11 @@ def ragged_linear_norm(
     eps: float,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    added: dict[str, Any] = {"residual": residual, "residual_slots": residual_slots}
-    total, partial = product(x, weight, bias, cu_seqlens, None, **added, summed=True)
-    norm = (norm_weight, norm_bias, eps, cu_seqlens)
-    normalise(total, *norm, total, capacity=total.size(0), partial=partial, sum_bias=bias, **added)
+    total, partial = product(
+        x, weight, bias, cu_seqlens, None, residual=residual, residual_slots=residual_slots, summed=True
+    )
+    sums = Sums(partial, bias, residual, residual_slots)
+    normalise(total, norm_weight, norm_bias, eps, cu_seqlens, total, capacity=total.size(0), sums=sums)
     return total
 
 
@@ -306,9 +307,8 @@ def ragged_linear_norm_(
     cu_seqlens: Tensor,
 ) -> None:
     total, partial = product(x, weight, bias, cu_seqlens, None, residual=residual, summed=True)
-    norm = (norm_weight, norm_bias, eps, cu_seqlens)
-    sums = {"partial": partial, "sum_bias": bias, "residual": residual}
-    normalise(total, *norm, hidden, capacity=total.size(0), slots=slots, **sums)
+    sums, capacity = Sums(partial, bias, residual, None), total.size(0)
+    normalise(total, norm_weight, norm_bias, eps, cu_seqlens, hidden, capacity=capacity, slots=slots, sums=sums)
 
 
 # ---- what is compiled ahead of time

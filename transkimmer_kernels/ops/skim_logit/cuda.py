@@ -9,7 +9,7 @@ from ...library import OPERATORS, implement, needs_kernel
 
 # As in csrc/include/transkimmer/skim_logit.cuh.
 WIDEST, WIDTH_STEP = 1024, 64
-INNER_WIDTHS = (192, 384, 768)
+INNER_WIDTHS = (192,)
 DTYPES = (torch.float16, torch.bfloat16)
 BEYOND = f"a predictor other than 16-bit and {' / '.join(map(str, INNER_WIDTHS))} wide"
 

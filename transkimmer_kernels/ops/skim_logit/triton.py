@@ -201,7 +201,7 @@ def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
         tile = _Tile(16, 256, 16, num_warps=8, num_stages=3) if wide else _Tile(32, 64, 16, num_warps=4, num_stages=3)
     else:
         tile = _Tile(64, 256, 64, num_warps=8, num_stages=3) if wide else _Tile(64, 128, 64, num_warps=4, num_stages=3)
-        tile = tile._replace(form="fused" if inner <= 256 else "steps")
+        tile = tile._replace(form="steps")
     return tile._replace(columns=min(tile.columns, _widest(inner)))
 
 
@@ -212,7 +212,7 @@ def _widest(inner: int) -> int:
 
 def _candidates(dtype: torch.dtype, width: int, inner: int) -> Iterator[_Tile]:
     half = dtype != torch.float32
-    yield _default(dtype, width, inner)._replace(form="steps")
+    yield _default(dtype, width, inner)._replace(form="fused" if half else "steps")
     rows, k, stages = ((32, 64, 128), 64, (2, 3, 4)) if half else ((16, 32, 64), 16, (2, 3))
     for tile in itertools.product(rows, (64, 128, 256), (k,), (4, 8), stages):
         if tile[1] <= _widest(inner):
@@ -265,7 +265,8 @@ def score_tokens(
     with torch.cuda.device_of(hidden):
         if tile.form == "steps":
             normed, fused = hidden.new_empty(capacity, width), False
-            normalise(hidden, *weights[:2], eps, cu_seqlens, normed, capacity=capacity, source_slots=slots)
+            norm = (weights[0], weights[1], eps, cu_seqlens)
+            normalise(hidden, *norm, normed, capacity=capacity, source_slots=slots)
             inner_rows, _ = product(normed, weights[2], weights[3], cu_seqlens, None)
         else:
             config = _product_config(tile, hidden.dtype, width, inner, decide)
