@@ -106,8 +106,8 @@ def _compile(index: int, target: str) -> Report:
 
 def compile_all(targets: Sequence[str], operators: Sequence[str] = (), jobs: int | None = None) -> list[Report]:
     """Every kernel (of the named operator folders) for every target, on several processes."""
-    chosen = [i for i, (folder, _) in enumerate(kernels()) if not operators or folder in operators]
-    work = [(index, target) for index in chosen for target in targets]
+    chosen = [(i, entry) for i, (folder, entry) in enumerate(kernels()) if not operators or folder in operators]
+    work = [(i, target) for i, entry in chosen for target in targets if entry.target in (None, target)]
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
         return list(pool.map(_compile, *zip(*work, strict=True))) if work else []
 

@@ -53,10 +53,13 @@ class Ragged:
         batch, length, width = hidden.shape
         rows = hidden.reshape(batch * length, width)
         slots = torch.arange(batch * length, dtype=torch.int32, device=hidden.device)
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
+        if length:
+            cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=hidden.device)
+        else:
+            cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
         if mask is not None:
             check_tensor("mask", mask, device=hidden.device, shape=(batch, length))
-            slots, cu_seqlens = kernels.compact(mask.reshape(-1) != 0, slots, cu_seqlens, False)
+            slots, cu_seqlens = kernels.compact(_as_bool(mask).reshape(-1), slots, cu_seqlens, False)
         return cls(rows, slots, cu_seqlens, length)
 
     @classmethod
@@ -78,3 +81,7 @@ class Ragged:
     def keep(self, keep: Tensor, kernels: KernelSet, *, keep_first: bool = True) -> None:
         """Shortens the list to the tokens whose `keep` (bool [capacity], by list position) is true."""
         self.slots, self.cu_seqlens = kernels.compact(keep, self.slots, self.cu_seqlens, keep_first)
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0

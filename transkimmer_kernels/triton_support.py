@@ -47,7 +47,7 @@ class Specialisation:
     signature: argument -> Triton type ("*bf16", "i32", ...), every argument that is not a constexpr; constants: the
     constexprs; aligned: arguments that the launcher finds divisible by 16 (all pointers, as PyTorch allocates them,
     and strides that are); matmul: whether matrix instructions must appear; maxnreg: registers a thread may have,
-    where the launcher says so.
+    where the launcher says so; target: the only one that it is for ("sm_90"), None for any.
     """
 
     name: str
@@ -59,3 +59,4 @@ class Specialisation:
     num_stages: int
     matmul: bool
     maxnreg: int | None = None
+    target: str | None = None

@@ -16,7 +16,7 @@ in its `triton.py`:
     TUNABLE = Tunable("ragged_attention", _default, _candidates)
 
     tiling = TUNABLE.config(q.device, q.dtype, head_dim)  # in the launcher: a dictionary is asked
-    for tiling in TUNABLE.shipped(dtype, head_dim): ...  # in `specialisations()`: all that may run is compiled there
+    for tiling, target in TUNABLE.shipped(dtype, head_dim).items(): ...  # in `specialisations()`: all that may run
 
 and with inputs of a shape class in `tune/problems.py` (attention's are there) for `python -m transkimmer_kernels.tune`.
 
@@ -79,10 +79,17 @@ class Tunable(Generic[C]):
             found = _chosen[key] = self._measured(files(device), dtype, sizes) or self.default(dtype, *sizes)
         return found
 
-    def shipped(self, dtype: torch.dtype, *sizes: int) -> list[C]:
-        """Every configuration that this package may choose for the class: the default, and measured ones."""
-        measured = [self._measured([path], dtype, sizes) for path in sorted(PACKAGED.glob("*.json"))]
-        return list(dict.fromkeys([self.default(dtype, *sizes), *filter(None, measured)]))
+    def shipped(self, dtype: torch.dtype, *sizes: int) -> dict[C, str | None]:
+        """Every configuration that this package may choose for the class, and where.
+
+        The default, anywhere (None), and those that were measured, for that compute capability ("sm_90").
+        """
+        found: dict[C, str | None] = {self.default(dtype, *sizes): None}
+        for path in sorted(PACKAGED.glob("*.json")):
+            measured = self._measured([path], dtype, sizes)
+            if measured is not None:
+                found.setdefault(measured, _document(path).get("capability"))
+        return found
 
     def _measured(self, paths: list[Path], dtype: torch.dtype, sizes: tuple[int, ...]) -> C | None:
         key = shape_class(dtype, *sizes)
@@ -148,14 +155,19 @@ def files(device: torch.device) -> list[Path]:
     return [path for folder in folders() for name in file_names(device) if (path := folder / name).is_file()]
 
 
-@functools.cache
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """operator -> shape class -> entry; empty where the file cannot be used."""
+    return _document(path).get("operators", {})
+
+
+@functools.cache
+def _document(path: Path) -> dict[str, Any]:
+    """What a file holds; empty where it cannot be used."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']}, expected {FORMAT}")
-        return {name: dict(entries) for name, entries in document["operators"].items()}
+        return document | {"operators": {name: dict(entries) for name, entries in document["operators"].items()}}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         warnings.warn(f"{path}: {error}; the defaults are used", stacklevel=2)
         return {}
@@ -164,7 +176,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 def forget() -> None:
     """Makes the next launch look at the files again."""
     _chosen.clear()
-    _read.cache_clear()
+    _document.cache_clear()
 
 
 @contextmanager

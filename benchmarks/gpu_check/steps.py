@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,8 @@ def steps(environment: Mapping[str, Any] | None) -> list[Step]:
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={folder}/junit.xml")
     # Compiling a kernel takes a core for seconds: several processes share the work, and Triton's cache on disk.
-    parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    processes = str(min(12, os.cpu_count() or 1))
+    parallel = ("-n", processes) if importlib.util.find_spec("xdist") else ()
     required = backends_to_require(environment)
 
     def tests(name: str, purpose: str, limit_s: float, wanted: Sequence[str], *arguments: str) -> Step:

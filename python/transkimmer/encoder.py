@@ -193,8 +193,10 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
     """
     if mask is None or mask.size(1) == 0 or _known_to_start_in_front(mask):
         return
-    front = torch.arange(mask.size(0), device=mask.device) * mask.size(1)  # [batch]
-    output[front] = output[front + mask.to(torch.int8).argmax(1)]
+    batch, length = mask.shape
+    real = mask.view(torch.int8) if mask.dtype == torch.bool else (mask != 0).view(torch.int8)  # argmax takes no bool
+    first = torch.arange(0, batch * length, length, device=mask.device) + real.argmax(1)
+    output.view(batch, length, -1)[:, 0] = output.index_select(0, first)
 
 
 def _known_to_start_in_front(mask: Tensor) -> bool:

@@ -144,11 +144,12 @@ def test_forced(folder: Path) -> None:
 def test_shipped_configurations_are_those_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "PACKAGED", folder)
     monkeypatch.delenv("TRANSKIMMER_CONFIGS")
-    assert TILE.shipped(BF16, 64, 32) == [Tile()]
-    for name, warps in (("a", 8), ("b", 2), ("c", 8)):
-        (folder / f"{name}.json").write_text(document(TUNED | {"num_warps": warps}))
+    assert TILE.shipped(BF16, 64, 32) == {Tile(): None}
+    for name, warps, capability in (("a", 8, "sm_90"), ("b", 2, "sm_80"), ("c", 8, "sm_100")):
+        (folder / f"{name}.json").write_text(document(TUNED | {"num_warps": warps}, capability=capability))
     tuning.forget()
-    assert [tile.num_warps for tile in TILE.shipped(BF16, 64, 32)] == [4, 8, 2]
+    shipped = TILE.shipped(BF16, 64, 32)
+    assert {tile.num_warps: target for tile, target in shipped.items()} == {4: None, 8: "sm_90", 2: "sm_80"}
 
 
 # What the operators expose

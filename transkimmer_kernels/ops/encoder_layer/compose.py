@@ -44,7 +44,7 @@ def compose_layer_(
     *query, k, v = projected.view(-1, 2 if first_only else 3, num_heads, head_dim).unbind(1)  # [capacity, H, D] each
     rows, cu_rows, longest = slots, cu_seqlens, max_seqlen  # what is updated
     if first_only:
-        rows, cu_rows = first_tokens(slots, cu_seqlens)
+        rows, cu_rows = first_tokens(slots, cu_seqlens, kernels)
         longest = 1
         q = kernels.ragged_linear(hidden, query_weight, query_bias, cu_rows, rows, "none")
         query = [q.view(-1, num_heads, head_dim)]
@@ -75,14 +75,8 @@ def _trim(slots: Tensor, cu_seqlens: Tensor, kernels: KernelSet) -> Tensor:
     return slots[: round_up_rows(int(cu_seqlens[-1]), slots.numel())]
 
 
-def first_tokens(slots: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """(slots int32 [batch], cu_seqlens) of each sequence's first listed token; an empty sequence has none."""
-    batch, capacity = cu_seqlens.numel() - 1, slots.numel()
-    lengths = cu_seqlens.diff()
-    cu_first = torch.zeros_like(cu_seqlens)
-    cu_first[1:] = (lengths > 0).cumsum(0, dtype=torch.int32)
-    # Non-empty sequences move to the front of the list; a sequence that ends nowhere is written behind it.
-    start = cu_seqlens[:-1].clamp(max=max(capacity - 1, 0)).long()
-    first = slots[start] if capacity else slots.new_zeros(batch)
-    target = torch.where(lengths > 0, cu_first[:-1], batch).long()
-    return first.new_zeros(batch + 1).scatter_(0, target, first)[:batch].clone(), cu_first
+def first_tokens(slots: Tensor, cu_seqlens: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
+    """(slots int32 [at most batch], cu_seqlens) of each sequence's first listed token; an empty sequence has none."""
+    nobody = torch.zeros_like(slots, dtype=torch.bool)
+    first, cu_first = kernels.compact(nobody, slots, cu_seqlens, True)
+    return first[: cu_seqlens.numel() - 1], cu_first

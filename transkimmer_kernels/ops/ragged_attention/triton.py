@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,8 +150,10 @@ def specialisations() -> Iterator[Specialisation]:
     """
     for dtype in _TYPES:
         for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
-            for number, tiling in enumerate(TUNABLE.shipped(dtype, head_dim)):
-                yield from _specialisations(f"measured {number} " if number else "", dtype, head_dim, tiling)
+            for number, (tiling, target) in enumerate(TUNABLE.shipped(dtype, head_dim).items()):
+                label = f"measured {number} " if number else ""
+                for entry in _specialisations(label, dtype, head_dim, tiling):
+                    yield replace(entry, target=target)
 
 
 def _specialisations(label: str, dtype: torch.dtype, head_dim: int, tiling: Tiling) -> Iterator[Specialisation]:

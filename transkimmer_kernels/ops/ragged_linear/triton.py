@@ -327,8 +327,8 @@ def _product_specialisations(
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element) | {"p_partial": "*fp32"}
     pointers |= dict.fromkeys(("p_slots", "p_residual_slots", "p_cu_seqlens"), "*i32")
-    ours = [t for t in TUNABLE.shipped(dtype, size_out, size_in) if t.strategy == "triton"]
-    for number, tiling in enumerate(ours):
+    ours = [item for item in TUNABLE.shipped(dtype, size_out, size_in).items() if item[0].strategy == "triton"]
+    for number, (tiling, target) in enumerate(ours):
         measured = f" measured {number}" if number else ""
         split = tiling.split if "p_residual" not in without and size_in % (tiling.split * tiling.few[2]) == 0 else 1
         absent = (*without, "p_partial") if split == 1 else without
@@ -343,6 +343,7 @@ def _product_specialisations(
             num_stages=tiling.num_stages,
             matmul=dtype != torch.float32,
             maxnreg=_REGISTERS.get(dtype),
+            target=target,
         )
 
 

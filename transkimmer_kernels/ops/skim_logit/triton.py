@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -314,7 +315,7 @@ def specialisations() -> Iterator[Specialisation]:
             for number, tile in enumerate(t for t in tiles if t.form == "fused"):
                 name = f"product {width}->{inner} {kind}" + (f" measured {number}" if number else "")
                 config = _product_config(tile, dtype, width, inner, decide)
-                yield _specialisation(name, _product, kind, config, dtype != torch.float32)
+                yield replace(_specialisation(name, _product, kind, config, dtype != torch.float32), target=tiles[tile])
             if any(tile.form == "steps" or tile.columns < inner for tile in tiles):
                 yield _specialisation(f"finish {inner} {kind}", _finish, kind, _finish_config(inner, decide), False)
 
