@@ -58,10 +58,10 @@ def page(devices: Sequence[Device]) -> str:
 def where(device: Device) -> str:
     environment = list(device.environments.values())[-1]
     commits = ", ".join(device.environments)
-    return (
-        f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; "
-        f"`transkimmer bench model`, commit {commits}."
-    )
+    machine = f"{environment['processor']}, {environment['threads']} threads"
+    if not device.name.startswith("cpu"):
+        machine = f"One {device.name.replace('-', ' ').upper()}"
+    return f"{machine}, torch {environment['torch']}; `transkimmer bench model`, commit {commits}."
 
 
 def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[str]:

@@ -17,8 +17,8 @@
 // inner row is not rounded.
 //
 // The price is that every block reads all of W, from L2: 144 KiB for 384 -> 192, and lost among the
-// latencies. For 768 -> 768 it was 1.1 MiB, 12 blocks of accumulators a lane, and 34 us whatever the row
-// count (H200), where three kernels of Triton's take 9 to 19; so this one serves narrow predictors only.
+// latencies. For 768 -> 768 it was 1.1 MiB and 34 us up to 2400 rows (H200), where three kernels of
+// Triton's take 9 to 19; so this one serves narrow predictors only.
 
 #include "transkimmer/skim_logit.cuh"
 

@@ -26,7 +26,8 @@ class Tiling(NamedTuple):
     strategy: str = "triton"  # or a library's product, see `strategies`
 
 
-# Chosen by what compiles without spilling for sm_80, sm_90 and sm_100, and by counting loads; not measured on a GPU.
+# Chosen by what compiles without spilling for sm_80, sm_90 and sm_100, and by counting loads; what was measured is in
+# configs/.
 # Half precision: a large tile loads half as much per multiply-add as a small one, whose rate the L2 cache bounds; so a
 # large tile is worth half of the multiprocessors standing idle. fp32 has no such matrix instruction (TF32 would be too
 # coarse), and its multiply-adds bound the rate of either tile: there it is a matter of filling the device.

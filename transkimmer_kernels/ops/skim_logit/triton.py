@@ -10,7 +10,7 @@ In one of two forms, by configuration:
   and `_finish` takes it from there.
 * steps: the rows are normalised into a list of their own (`norms`), the product is `ragged_linear`'s, and `_finish`
   follows. What is written and read back lies in the L2 cache, and a product whose operands need no arithmetic first is
-  so much faster that a wide predictor takes half of the time (docs/kernels.md).
+  so much faster that a wide predictor takes half to three quarters of the time (docs/gpu.md).
 
 The same kernels serve `skim_tokens`: told to, they write a decision of 1 byte instead of a logit.
 """
@@ -195,7 +195,7 @@ class _Tile(NamedTuple):
 
 
 def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
-    """What compiles without spilling for sm_80, sm_90 and sm_100; not measured on a GPU."""
+    """In steps, which an H200 computes faster (docs/gpu.md); fp32 and tiles: by what compiles without spilling."""
     # Statistics are computed once per column tile: few wide tiles, unless much of the last one would be empty.
     wide = 128 < inner <= 256 or inner % 256 == 0
     if dtype == torch.float32:  # plain multiply-adds: operands live in registers, so tiles are small
