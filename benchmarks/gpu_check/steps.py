@@ -21,7 +21,7 @@ class Step:
     """One process.
 
     command: `{folder}` in it stands for the step's own folder; read: what the files in that folder and the log say,
-    see `readings`; reason: why the step is skipped.
+    see `readings`; reason: why the step is skipped; alone: whether it takes times, so that nothing may run beside it.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Step:
     read: Callable[[Path, str], readings.Reading] = readings.nothing
     reason: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 def environment_step() -> Step:
@@ -60,7 +61,7 @@ def steps(environment: Mapping[str, Any] | None) -> list[Step]:
         file = f"benchmarks/kernels/test_{operator}.py"
         command = (*pytest, "--benchmark-json={folder}/benchmark.json", "--benchmark-quiet", file)
         purpose = "time against the alternatives, each result checked first"
-        return Step(f"benchmark {operator}", purpose, command, limit_s, readings.benchmark, missing)
+        return Step(f"benchmark {operator}", purpose, command, limit_s, readings.benchmark, missing, alone=True)
 
     return [
         tests(
@@ -72,12 +73,12 @@ def steps(environment: Mapping[str, Any] | None) -> list[Step]:
         ),
         *(
             # A whole model needs every operator, and `cuda` leaves some to `triton`.
-            tests(name, purpose, 60, required if "triton" in required else (), f"tests/gpu/test_{name}.py")
+            tests(name, purpose, 90, required if "triton" in required else (), f"tests/gpu/test_{name}.py")
             for name, purpose in WHOLE_MODELS.items()
         ),
-        *(benchmark(operator, limit) for operator, limit in BENCHMARKS.items()),
         _sanitizer("memcheck", missing, 100),
         _sanitizer("racecheck", missing, 100),
+        *(benchmark(operator, limit) for operator, limit in BENCHMARKS.items()),
     ]
 
 

@@ -255,8 +255,21 @@ def test_a_bad_step_stops_none_behind_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert "reached" in (tmp_path / "gpu-check.log").read_text()
 
 
+def test_steps_that_take_no_times_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two waits for the other; the one behind them, which takes times, for both."""
+    files = [tmp_path / name for name in "ab"]
+    wait = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.02)"
+    both = [_named(mine.name, wait.format(str(mine), str(other))) for mine, other in (files, files[::-1])]
+    gone = f"import pathlib; assert all(pathlib.Path(f).exists() for f in {list(map(str, files))!r})"
+    _fake_steps(monkeypatch, *both, _named("times", gone, alone=True))
+    data = runner.check(tmp_path / "out", 1)
+    assert [(step["name"], step["status"]) for step in data["steps"][1:]] == [
+        (n, "passed") for n in ("a", "b", "times")
+    ]
+
+
 def test_the_time_for_everything_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fake_steps(monkeypatch, _named("hang", "import time; time.sleep(60)"), _named("late"))
+    _fake_steps(monkeypatch, _named("hang", "import time; time.sleep(60)"), _named("late", alone=True))
     data = runner.check(tmp_path, 0.12)
     assert [step["status"] for step in data["steps"]] == ["passed", "failed", "skipped"]
     assert data["steps"][1]["seconds"] < 8

@@ -65,6 +65,39 @@ def test_a_librarys_product_keeps_the_contract(
         assert_close_as_torch(ours, exact, plain)
 
 
+def _check_forced(target: Target, case: Case, dtype: torch.dtype, operator: str, config: Any) -> None:
+    spec, kwargs = SPECS[case.operator], case.make(dtype, target.device)
+    with tuning.forced(operator, config):
+        actual = oracle.valid(spec.name, kwargs, target.call(spec.function, **clone(kwargs)))
+    for ours, exact, plain in zip(actual, spec.oracle(kwargs, torch.float64), spec.oracle(kwargs, dtype), strict=True):
+        assert_close_as_torch(ours, exact, plain)
+
+
+def _awkward(*operators: str) -> list[Case]:
+    return [case for case in CASES if case.operator in operators and case.lengths == "awkward"]
+
+
+@on_triton
+@pytest.mark.parametrize("most", [0, 8, 1024], ids="split up to {}".format)
+@pytest.mark.parametrize("case", _awkward("ragged_linear_norm", "ragged_linear_norm_"), ids=str)
+def test_few_rows_and_many(target: Target, case: Case, most: int) -> None:
+    """The awkward batch has more than 8 rows: split products, whole ones because of the count, and whole ones only."""
+    target.require(case.operator)
+    config = tiling.default(torch.bfloat16, 1, 2)._replace(few=(64, 64, 16), split=2, most_split=most)
+    _check_forced(target, case, torch.bfloat16, "ragged_linear", config)
+
+
+@on_triton
+@pytest.mark.parametrize("form", ["fused", "steps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", _awkward("skim_logit"), ids=str)
+def test_either_form_of_the_predictor(target: Target, case: Case, dtype: torch.dtype, form: str) -> None:
+    target.require(case.operator)
+    sizes = case.options["width"], case.options["inner"]
+    config = tunables()["skim_logit"].default(dtype, *sizes)._replace(form=form)
+    _check_forced(target, case, dtype, "skim_logit", config)
+
+
 @pytest.mark.parametrize(
     ("strategy", "dtype", "sizes", "expected"),
     [
