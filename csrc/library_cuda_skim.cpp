@@ -40,8 +40,7 @@ transkimmer::SkimLogitArguments check_predictor(const Tensor& hidden, const Tens
   const int64_t width = hidden.size(1), inner = p.fc_weight.size(0);
   check_size("fc_weight", p.fc_weight.size(1), width);
   STD_TORCH_CHECK(transkimmer::skim_logit_fits(width, inner), "hidden has width ", width,
-                  " and the predictor ", inner,
-                  "; this kernel takes multiples of 64 up to 1024, and 192");
+                  " and the predictor ", inner, "; this kernel takes multiples of 64 up to 1024, and 192");
   transkimmer::SkimLogitArguments arguments{};
   arguments.hidden = hidden.const_data_ptr();
   arguments.slots = slots.const_data_ptr<int32_t>();
