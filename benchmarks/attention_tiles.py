@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transkimmer.bench.command import environment, write_whole
+from transkimmer.bench.environment import environment
 from transkimmer.bench.workload import SCHEDULES, known_lengths
 
+from transkimmer_kernels.files import write_whole
 from transkimmer_kernels.ops.ragged_attention.tiling import default
 
 ROOT = Path(__file__).parents[1]

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transkimmer.bench.command import DTYPES, environment, write_whole
-from transkimmer.bench.workload import known_lengths
+from transkimmer.bench.environment import environment
+from transkimmer.bench.workload import DTYPES, known_lengths
 
 from transkimmer_kernels import kernel_set
+from transkimmer_kernels.files import write_whole
 from transkimmer_kernels.ops.encoder_layer.compose import compose_layer_
 
 WIDTH, HEADS, FFN = 768, 12, 3072

@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transkimmer.bench.command import DTYPES, environment, write_whole
+from transkimmer.bench.environment import environment
+from transkimmer.bench.workload import DTYPES
 
 from transkimmer_kernels import kernel_set
 from transkimmer_kernels.cpu_products import pack_weight
+from transkimmer_kernels.files import write_whole
 from transkimmer_kernels.onednn import can_pack
 
 SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))  # [out, in]

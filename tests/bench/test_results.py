@@ -28,11 +28,24 @@ def test_the_fill_of_tiles_is_what_the_docs_say() -> None:
     assert subprocess.run(count, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
+RESULTS = sorted((ROOT / "benchmarks/results").rglob("*.json"))
+OTHERS = ("gpu-check", "experiments")  # no rows of a command
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.stem not in OTHERS], ids=lambda path: path.stem)
 def test_stored_results_are_complete(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"torch", "processor", "threads"} <= set(result["environment"])
     assert all(row["median_s"] > 0 for row in result["rows"] if "median_s" in row)
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.stem in OTHERS], ids=lambda path: path.stem)
+def test_what_only_a_gpu_gave_says_where_and_with_what(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    name = result["device"] if isinstance(result["device"], str) else result["device"]["name"]
+    assert path.parent.name == name.lower().replace(" ", "-")
+    assert result["date"] and {"torch", "triton"} <= set(result["versions"])
+    assert not any(step["status"] == "failed" and step["details"]["failed"] for step in result.get("steps", ()))
 
 
 def test_the_demo_is_as_good_as_stored() -> None:

@@ -129,6 +129,7 @@ CASES: list[Case] = [
     *_over(cases.scatter_rows, ("awkward",), shape=()),
     *_over(cases.skim_logit, ALL, width=64, inner=32),
     *_over(cases.skim_logit, ("awkward",), width=384, inner=192),
+    *_over(cases.skim_logit, ("awkward",), width=768, inner=192),
     *_over(cases.skim_logit, ("awkward",), width=768, inner=768),
     *_over(cases.ragged_attention, ALL, importance=True),
     *_over(cases.ragged_attention, ALL, keep="mixed"),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
-from transkimmer_kernels import KERNELS, cpu_products, kernel_set, native
+from transkimmer_kernels import KERNELS, cpu_products, kernel_set
 from transkimmer_kernels.files import write_whole
 
 from ..arguments import check_outputs
@@ -24,6 +21,7 @@ from ..skimming import add_skimming
 from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 from . import show, workload
+from .environment import environment
 from .timing import Row, compare
 from .workload import DTYPES
 
@@ -139,26 +137,6 @@ def _machine(kernels: str, dtype: str) -> str:
         backend = kernel_set(kernels, "cpu", DTYPES[dtype]).serves["ragged_linear"]
         return f"{backend} kernels, {threads}"
     return f"{native_kernels['instruction_set']}, {native_kernels['products']} products, {threads}"
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the command."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "libraries": {name: status.reason or "loaded" for name, status in native.status().items()},
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _write_json(path: Path, arguments: argparse.Namespace, title: str, rows: list[Row]) -> None:

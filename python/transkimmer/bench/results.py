@@ -15,7 +15,7 @@ import torch
 
 from transkimmer_kernels.files import write_whole
 
-from .command import environment
+from .environment import environment
 from .peers import PEERS, versions
 
 SCHEMA = 1

@@ -22,8 +22,8 @@ from transkimmer_kernels.files import write_whole
 from ..arguments import MODEL as FILES
 from ..arguments import check_folder, check_outputs
 from ..bench import picture, show
-from ..bench.command import environment
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
+from ..bench.environment import environment
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
 from ..bench.workload import Batch
 from ..data import positions_of

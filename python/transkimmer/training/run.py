@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from transkimmer_kernels.files import write_whole
 
-from ..bench.command import environment
+from ..bench.environment import environment
 from ..data import Features, padded_batches, positions_of
 from ..flops import EncoderShape
 from ..loading import from_pretrained
