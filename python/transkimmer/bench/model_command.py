@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from .contenders import SKIMMING
 from .field import Field
 from .peers import PEERS, Subject
 from .results import Store
-from .setting import Setting, prepare, settings
+from .setting import Setting, device_of, prepare, settings
 from .setting import add_arguments as add_setting
 from .show import spread_text
 from .timing import HOPELESS, Limits
@@ -49,7 +50,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, many=True)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of the timing")
     parser.add_argument(
-        "--slow", type=float, default=HOPELESS, metavar="TIMES", help="this much slower than ours, dense: timed once"
+        "--slow",
+        type=float,
+        metavar="TIMES",
+        help=f"this much slower than ours, dense: timed once; default {HOPELESS:g}, on a GPU nobody",
     )
     parser.add_argument(
         "--budget", type=float, default=60.0, metavar="S", help="seconds for each contender and workload"
@@ -83,9 +87,12 @@ def run_training(arguments: argparse.Namespace) -> int:
 def _limits(arguments: argparse.Namespace) -> Limits:
     if arguments.repeats < 1:
         raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
-    if arguments.slow <= 1:
-        raise ValueError(f"--slow {arguments.slow}: must be above 1")
-    return Limits(arguments.slow, arguments.budget)
+    slow = arguments.slow
+    if slow is None:
+        slow = math.inf if device_of(arguments) == "cuda" else HOPELESS
+    if slow <= 1:
+        raise ValueError(f"--slow {slow}: must be above 1")
+    return Limits(slow, arguments.budget)
 
 
 def console_of() -> Console:

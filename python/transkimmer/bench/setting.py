@@ -96,11 +96,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
+    device = device_of(arguments)
     demo = arguments.model == DEMO
     if demo and arguments.schedule:
         raise ValueError(f"--schedule {arguments.schedule}: the demo model's decisions are learned")
@@ -119,6 +115,16 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
             device=device,
             threads=torch.get_num_threads(),
         )
+
+
+def device_of(arguments: argparse.Namespace) -> str:
+    """ "cpu" or "cuda". Raises ValueError: --device cuda without one."""
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    device: str = arguments.device
+    return device
 
 
 def prepare(setting: Setting, kernels: str) -> tuple[Setting, Subject, list[Batch]]:
