@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,9 +129,7 @@ class TrainingEncoder:
             hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
         else:
             hidden = self._layer(*arguments)
-        # Kept rows take the layer's output, skimmed rows stay as they were when they left.
-        final = torch.lerp(present.final.float(), hidden.float(), present.keep.unsqueeze(-1)).to(hidden.dtype)
-        return replace(present, hidden=hidden, final=final)
+        return replace(present, hidden=hidden, final=choose_rows(present.keep, hidden, present.final))
 
     def _layer(
         self,
@@ -151,6 +150,33 @@ class TrainingEncoder:
         x = get(layer, a.norm1)(x + hidden)
         y = get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x)))
         return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
+
+
+def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
+    """Kept rows of `hidden` [..., d], a layer's output; of `final` [..., d] the others, as they were when they left.
+
+    keep [...] is 0 or 1. Values and gradients are those of final + keep * (hidden - final) in fp32, without the copies
+    in fp32 that autograd would store for it.
+    """
+    chosen: Tensor = _ChooseRows.apply(keep, hidden, final)
+    return chosen
+
+
+class _ChooseRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
+        ctx.save_for_backward(keep, hidden, final)
+        return torch.where((keep != 0).unsqueeze(-1), hidden, final)  # a NaN takes the layer's output, and shows there
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        keep, hidden, final = ctx.saved_tensors
+        for_hidden = grad * keep.to(grad.dtype).unsqueeze(-1)
+        for_keep = None
+        if ctx.needs_input_grad[0]:
+            wide = torch.promote_types(grad.dtype, keep.dtype)
+            for_keep = torch.linalg.vecdot(hidden.to(wide) - final.to(wide), grad.to(wide)).to(keep.dtype)
+        return for_keep, for_hidden, grad - for_hidden
 
 
 def straight_through_keep(logit: Tensor, temperature: float, noise: float = 1.0) -> Tensor:

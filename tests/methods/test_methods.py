@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import BertConfig
 from transkimmer import SkimConfig
 from transkimmer.flops import EncoderShape
 from transkimmer.policies import SchedulePolicy
 from transkimmer.predictor import SkimPredictor
-from transkimmer.training_forward import PackedSequences, keep_attention, straight_through_keep
+from transkimmer.training_forward import PackedSequences, choose_rows, keep_attention, straight_through_keep
 
 from transkimmer_kernels import Ragged, kernel_set
 
@@ -127,6 +129,29 @@ def test_gradient_to_the_keep_weights(mode: str) -> None:
     step[1] = 1e-7
     difference = (value(zero.detach() + step) - value(zero.detach())) / 1e-7
     assert gradient[1].item() == pytest.approx(difference.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (7, 8), (2, 5, 8)], ids=str)
+def test_chosen_rows_have_the_values_and_gradients_of_a_mixture(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, final, grad = (torch.randn(shape).to(dtype) for _ in range(3))
+    keep = (torch.rand(shape[:-1]) < 0.5).to(wide)
+
+    def of(choose: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (keep, hidden, final)]
+        result = choose(*leaves)
+        return [result, *torch.autograd.grad(result, leaves, grad)]
+
+    ours = of(choose_rows)
+    mixture = of(lambda k, h, f: torch.lerp(f.to(wide), h.to(wide), k.unsqueeze(-1)).to(dtype))
+    assert torch.equal(ours[0], mixture[0])
+    for actual, expected in zip(ours[1:], mixture[1:], strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)
+    broken = hidden.clone().fill_(torch.nan)
+    assert choose_rows(torch.full_like(keep, torch.nan), broken, final).isnan().all(), "a NaN shows"
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2, 3), (53, 17, 1, 8), (512, 4)])

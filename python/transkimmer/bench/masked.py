@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Architecture, architecture_of, encoder_of, get
 from ..policies import logistic_noise
+from ..training_forward import choose_rows
 from .swap import swap_encoder
 
 
@@ -72,7 +73,7 @@ class PublishedTraining:
             decided = (noisy > 0).float() + (soft - soft.detach())
             keep = keep * torch.cat([torch.ones_like(decided[:, :1]), decided[:, 1:]], 1)  # the first is never scored
             hidden = self._layers.run(layer, hidden, mask[:, None, None, :], values_times=keep)
-            final = torch.lerp(final.float(), hidden.float(), keep.unsqueeze(-1)).to(hidden.dtype)
+            final = choose_rows(keep, hidden, final)
             kept.append(keep.sum() / mask.sum())
         self.skim_loss = torch.stack(kept).mean()
         return final
