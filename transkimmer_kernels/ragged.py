@@ -59,7 +59,7 @@ class Ragged:
             cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
         if mask is not None:
             check_tensor("mask", mask, device=hidden.device, shape=(batch, length))
-            slots, cu_seqlens = kernels.compact(_as_bool(mask).reshape(-1), slots, cu_seqlens, False)
+            slots, cu_seqlens = kernels.compact(as_bool(mask).reshape(-1), slots, cu_seqlens, False)
         return cls(rows, slots, cu_seqlens, length)
 
     @classmethod
@@ -83,5 +83,6 @@ class Ragged:
         self.slots, self.cu_seqlens = kernels.compact(keep, self.slots, self.cu_seqlens, keep_first)
 
 
-def _as_bool(mask: Tensor) -> Tensor:
+def as_bool(mask: Tensor) -> Tensor:
+    """Whether each element of a mask is not 0; nothing is computed where it is bool already."""
     return mask if mask.dtype == torch.bool else mask != 0

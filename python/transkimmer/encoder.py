@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transkimmer_kernels import KernelSet, Ragged, kernel_set
+from transkimmer_kernels.ragged import as_bool
 from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 
 from .architectures import ARCHITECTURES, Architecture, get
@@ -194,9 +195,9 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
     if mask is None or mask.size(1) == 0 or _known_to_start_in_front(mask):
         return
     batch, length = mask.shape
-    real = mask.view(torch.int8) if mask.dtype == torch.bool else (mask != 0).view(torch.int8)  # argmax takes no bool
+    real = as_bool(mask).view(torch.int8)  # argmax takes no bool
     first = torch.arange(0, batch * length, length, device=mask.device) + real.argmax(1)
-    output.view(batch, length, -1)[:, 0] = output.index_select(0, first)
+    output.view(batch, length, output.size(1))[:, 0] = output.index_select(0, first)
 
 
 def _known_to_start_in_front(mask: Tensor) -> bool:

@@ -83,6 +83,12 @@ class GraphedForward:
         weight: Tensor = self._encoder.skim_predictors[0].fc.weight  # type: ignore[union-attr, assignment]
         return weight.device
 
+    def _positions(self) -> int:
+        """Tokens that a sequence may have, looked up once per set of weights."""
+        if self._longest is None:
+            self._longest = _longest(self._model)
+        return self._longest
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self._model).forward
         if torch.compiler.is_compiling():
@@ -168,9 +174,7 @@ class GraphedForward:
                 inputs[name] = value
             elif value is not None and (name not in _DEFAULTS or value is not _DEFAULTS[name]):
                 return f"the argument {name} was given"
-        if self._longest is None:
-            self._longest = _longest(self._model)
-        return _checked(inputs, self._device(), self._longest)
+        return _checked(inputs, self._device(), self._positions())
 
     def _serve(self, request: Request) -> ModelOutput | str:
         """The output of a replay; where there was none, the reason.
@@ -235,7 +239,7 @@ class GraphedForward:
         """(batch, seq) of the graph for a request: the smallest asked for that it fits into, else its own, rounded."""
         batch, length = request.shape[0], request.shape[-1]
         fitting = [size for size in self.sizes if size[0] >= batch and size[1] >= length]
-        rounded = round_up(batch), min(round_up(length), _longest(self._model))
+        rounded = round_up(batch), min(round_up(length), self._positions())
         return min(fitting, key=math.prod, default=rounded)
 
     def _key(self, request: Request, size: tuple[int, int]) -> Hashable:

@@ -97,12 +97,11 @@ def search(
         return times
 
     default = tunable.default(dtype, *sizes)
-    best = measured = measure(default)
-    found = Found(default, best, measured, tried=1)
+    measured = measure(default)
+    found = Found(default, measured, measured, tried=1)
     timed: dict[Any, float] = {}
 
     def attempt(config: Any) -> None:
-        nonlocal best
         found.tried += 1
         try:
             times = measure(config)
@@ -110,9 +109,8 @@ def search(
             found.dropped[str(config)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return
         timed[config] = statistics.geometric_mean(times)
-        if timed[config] < _MARGIN * statistics.geometric_mean(best):
+        if timed[config] < _MARGIN * statistics.geometric_mean(found.times):
             found.config, found.times = config, times
-            best = times
 
     for config in dict.fromkeys(tunable.candidates(dtype, *sizes)):
         if config == default:

@@ -172,18 +172,19 @@ def normalise(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """At the usual widths, plain, with a scatter, with a gather, and with partial sums."""
+    """At the usual widths, plain, with a scatter, with a gather, and with the partial sums of `tiling`'s splits."""
     elements = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     plain = ("p_total", "p_weight", "p_bias", "p_out")
     sums = ("p_partial", "p_sum_bias", "p_residual")
     slots = ("p_residual_slots", "p_source_slots", "p_slots")
     for dtype, element in elements.items():
-        for name, sizes, extra in (
-            ("", (384, 768, 1024), ()),
-            (" scatter", (768,), ("p_slots",)),
-            (" gather", (768,), ("p_source_slots",)),
-            (" sum", (768,), (*sums, "p_residual_slots")),
-            (" sum scatter", (768, 1024), (*sums, "p_slots")),
+        for name, sizes, extra, split in (
+            ("", (384, 768, 1024), (), 1),
+            (" scatter", (768,), ("p_slots",), 1),
+            (" gather", (768,), ("p_source_slots",), 1),
+            (" sum of 2", (768,), (*sums, "p_residual_slots"), 2),
+            (" sum of 4", (768,), (*sums, "p_residual_slots"), 4),
+            (" sum of 4 scatter", (768, 1024), (*sums, "p_slots"), 4),
         ):
             present = (*plain, *extra)
             kinds = dict.fromkeys((*plain, *sums), element) | {"p_partial": "*fp32"} | dict.fromkeys(slots, "*i32")
@@ -198,7 +199,7 @@ def specialisations() -> Iterator[Specialisation]:
                     constants={
                         **absent,
                         "SIZE": size,
-                        "SPLIT": 4 if "p_partial" in present else 1,
+                        "SPLIT": split,
                         "ROWS": shape["ROWS"],
                         "BLOCK": shape["BLOCK"],
                     },
