@@ -75,15 +75,21 @@ class TapeEngine:
         self._tapes: list[Tape] = []
         self._busy = threading.Lock()
 
-    def capture(self, run: Callable[[], dict[str, Tensor]]) -> Tape:
+    def warm_up(self, run: Callable[[], object]) -> None:
         for _ in range(self.WARM_UPS):
             run()
+
+    def record(self, run: Callable[[], dict[str, Tensor]]) -> Tape:
         tape = Tape()
         with tape:
             tape.outputs = run()
         self._tapes.append(tape)
-        tape.poison()
+        self.recorded(tape)
         return tape
+
+    def recorded(self, tape: Tape) -> None:
+        """A capture computes nothing: there are no values yet."""
+        tape.poison()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -16,9 +16,10 @@ from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 
 from .architectures import ARCHITECTURES, Architecture, get
 from .config import SkimConfig
+from .graphed_training import GraphedTraining
 from .policies import PredictorPolicy, SchedulePolicy
 from .records import SkimRecord, current_records, leave_skim_loss
-from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder
+from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder, first_of_each
 from .weights import WeightCache
 
 # Under this attention name Hugging Face hands the 2-D padding mask to the encoder as it is.
@@ -43,6 +44,7 @@ class SkimmingEncoder(nn.Module):
         skim_kernels: the choice of kernels.
         skim_enabled: False runs every layer on every token.
         skim_first_token_only: whether the head reads only the first token.
+        skim_graphs: those of training, None where it is not to be graphed.
     """
 
     skim_model_config: Any
@@ -52,6 +54,7 @@ class SkimmingEncoder(nn.Module):
     skim_enabled: bool
     skim_first_token_only: bool
     skim_weights: WeightCache
+    skim_graphs: GraphedTraining | None
 
     def train(self, mode: bool = True) -> Any:
         """Also drops the kernels' copy of the weights: not every optimizer marks what it changes (fused AdamW)."""
@@ -132,12 +135,10 @@ class SkimmingEncoder(nn.Module):
     def _train(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         self.skim_weights.clear()
         kernels = kernel_set(self.skim_kernels, batch.hidden.device.type, batch.hidden.dtype)
-        count = int(batch.cu_seqlens[-1])
+        count = longest = 0
+        if batch.batch:
+            count, longest = torch.stack([batch.cu_seqlens[-1], batch.cu_seqlens.diff().max()]).tolist()
         rows = batch.slots[:count].long()
-        first = torch.zeros(count + 1, dtype=torch.bool, device=rows.device)
-        first[batch.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
-        longest = int(batch.cu_seqlens.diff().max()) if batch.batch else 0
-        sequences = PackedSequences(batch.cu_seqlens, longest, first[:count])
         encoder = TrainingEncoder(
             architecture.layers(self),
             list(self.skim_predictors) if self.skim_enabled else None,
@@ -145,12 +146,20 @@ class SkimmingEncoder(nn.Module):
             self.skim_config,
             self.skim_model_config.num_attention_heads,
             kernels,
+            self.skim_config.temperature,
+            self.skim_config.noise,
             self.skim_first_token_only,
         )
-        result = encoder.run(batch.hidden[rows], sequences)
+        hidden, graphs, result = batch.hidden[rows], self.skim_graphs, None
+        if graphs is not None:
+            result = graphs.run(self, encoder, hidden, batch.cu_seqlens, longest)
+        if result is None:
+            sequences = PackedSequences(batch.cu_seqlens, longest, first_of_each(batch.cu_seqlens, count))
+            result = encoder.run(hidden, sequences)
         if count and self.skim_enabled:
-            # Tokens that were removed before a layer count as what they are there: skimmed.
-            record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
+            record.skim_loss = result.skim_loss
+            if record.skim_loss is None:
+                record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
         leave_skim_loss(record.skim_loss)
         if current_records() is not None:
             _note(result.layers, batch, record, kernels)

@@ -15,6 +15,7 @@ from transkimmer_kernels.runtime import GraphCache
 from .architectures import architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .encoder import ATTENTION_NAME, SkimmingEncoder, skimming_class
+from .graphed_training import GraphedTraining
 from .graphs import MODES, GraphedForward
 from .predictor import SkimPredictor
 from .records import take_skim_loss
@@ -117,8 +118,27 @@ class Skimming:
         return self._forward.cache
 
     @property
+    def graphed_training(self) -> bool:
+        """Whether training forwards and backwards are CUDA graphs, on a GPU; off until it is set.
+
+        A step has to go backwards before the next one begins; one that does not, and whatever else cannot be captured,
+        pruned training above all, runs eagerly. Belongs to the machine and is not saved with the model.
+        """
+        return self._encoder.skim_graphs is not None
+
+    @graphed_training.setter
+    def graphed_training(self, value: bool) -> None:
+        if bool(value) != self.graphed_training:
+            self._encoder.skim_graphs = GraphedTraining() if value else None
+
+    @property
+    def training_graphs(self) -> GraphedTraining | None:
+        """The graphs of training, None where it is not graphed: how many, their bytes, and why the last was none."""
+        return self._encoder.skim_graphs
+
+    @property
     def why_eager(self) -> str | None:
-        """Why the last forward was not a replay of a graph; None if it was."""
+        """Why the last forward in eval mode was not a replay of a graph; None if it was."""
         return self._forward.why_eager
 
     def refresh(self) -> None:
@@ -185,6 +205,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     encoder.skim_enabled = True
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
+    encoder.skim_graphs = None
     forward = GraphedForward(model, encoder)
     skimming = Skimming(encoder, model.config._attn_implementation, forward)
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module

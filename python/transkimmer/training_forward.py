@@ -64,16 +64,21 @@ class LayerDecisions:
 
 @dataclass
 class TrainingResult:
-    """hidden: [tokens, d] final states, forwarded rows included; layers: what each of them decided."""
+    """hidden: [tokens, d] final states, forwarded rows included; layers: what each of them decided.
+
+    skim_loss: the mean share of the tokens that layers worked on (Eq. 6), where it is at hand already.
+    """
 
     hidden: Tensor
     layers: list[LayerDecisions]
+    skim_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TrainingEncoder:
     """Layers, their predictors (None: nothing is skimmed), and how they are run.
 
+    temperature, noise: of the draws, see `straight_through_keep`.
     first_token_only: nothing but the first tokens' final states is read. Pruned training then leaves a skimmed token
     out as a query, too, in the layer that skims it: its output there could only matter to a readout of it.
     """
@@ -84,6 +89,8 @@ class TrainingEncoder:
     config: SkimConfig
     num_heads: int
     kernels: KernelSet
+    temperature: float | Tensor
+    noise: float | Tensor
     first_token_only: bool = False
 
     def run(self, hidden: Tensor, sequences: PackedSequences) -> TrainingResult:
@@ -109,7 +116,7 @@ class TrainingEncoder:
         logit = None
         if self.predictors is not None:
             logit = self.predictors[index](present.hidden)  # [n]
-            decided = straight_through_keep(logit, self.config.temperature, self.config.noise)
+            decided = straight_through_keep(logit, self.temperature, self.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
         return present, LayerDecisions(present.places, present.sequences.cu_seqlens, present.keep, logit)
@@ -179,7 +186,18 @@ class _ChooseRows(torch.autograd.Function):
         return for_keep, for_hidden, grad - for_hidden
 
 
-def straight_through_keep(logit: Tensor, temperature: float, noise: float = 1.0) -> Tensor:
+def first_of_each(cu_seqlens: Tensor, count: int) -> Tensor:
+    """bool [count]: the first token of each sequence of int32 [sequences + 1]; no host read."""
+    first = torch.zeros(count + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill_(0, cu_seqlens[:-1].long(), True)[:count]  # an empty last sequence marks the spare entry
+
+
+def drawing_noise() -> bool:
+    """Whether training forwards draw their decisions now."""
+    return _noiseless.get() is None
+
+
+def straight_through_keep(logit: Tensor, temperature: float | Tensor, noise: float | Tensor = 1.0) -> Tensor:
     """A 0/1 draw with P(1) = sigmoid(logit / noise), at noise 0 the sign of the logit.
 
     Its gradient is that of sigmoid((logit + noise * logistic) / temperature), at noise 1 Eq. 5.

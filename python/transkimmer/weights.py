@@ -83,17 +83,24 @@ class Watch:
         self._parameters = list(module.parameters())
         # An inference tensor has no version counter, and no way to be changed outside of inference mode.
         self._counting = [p for p in self._parameters if not p.is_inference()]
-        self._states = self._read_states()
+        self._places, self._versions = self._read_places(), self._read_versions()
 
     def _listed(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(map(dict.values, self._tables))
 
-    def _read_states(self) -> list[int]:
-        return [*map(operator.attrgetter("_version"), self._counting), *map(Tensor.data_ptr, self._parameters)]
+    def _read_places(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
+
+    def _read_versions(self) -> list[int]:
+        return list(map(operator.attrgetter("_version"), self._counting))
+
+    def moved(self) -> bool:
+        """Whether a parameter or a buffer is another one, or lies elsewhere; its values may have changed."""
+        same = list(map(len, self._tables)) == self._sizes and all(map(operator.is_, self._listed(), self._values))
+        return not same or self._read_places() != self._places
 
     def changed(self) -> bool:
-        same = list(map(len, self._tables)) == self._sizes and all(map(operator.is_, self._listed(), self._values))
-        return not same or self._read_states() != self._states
+        return self.moved() or self._read_versions() != self._versions
 
 
 def _prepare(

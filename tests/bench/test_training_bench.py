@@ -16,6 +16,7 @@ from transkimmer.training_forward import decisions_without_noise
 
 from ..models.tiny import VOCABULARY, no_dropout, tiny, undecided_predictors
 
+EVERYBODY = training.LEARNERS | training.GRAPHED_LEARNERS
 SETTING = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, "fp32", "cpu", 1)
 
 
@@ -72,10 +73,10 @@ def test_every_learner_has_a_row(subject: peers.Subject, dtype: str) -> None:
         assert torch.equal(parameter, old)  # the subject is the next workload's, too
 
 
-@pytest.mark.parametrize("name", training.LEARNERS)
+@pytest.mark.parametrize("name", EVERYBODY)
 def test_a_step_trains(subject: peers.Subject, name: str) -> None:
     """Everything; but for the predictors, where nothing is skimmed."""
-    learner = training.Learner(name, *training.LEARNERS[name](subject, torch.float32))
+    learner = training.Learner(name, *EVERYBODY[name](subject, torch.float32))
     before = {key: parameter.detach().clone() for key, parameter in learner.model.named_parameters()}
     learner.step(batches()[0].inputs)
     still = {key for key, parameter in learner.model.named_parameters() if torch.equal(parameter, before[key])}
@@ -93,7 +94,7 @@ def test_draws_keep_what_the_schedule_keeps(subject: peers.Subject, name: str) -
     scheduled, share = training._by_schedule(subject, some)
     counts = [*2 * [24 + 5 + 19 + 15 + 11 + 8], 2 + 1 + 2 + 1 + 1 + 1]
     assert share == sum(counts) / (3 * 137)
-    learner = training.Learner(name, *training.LEARNERS[name](scheduled, torch.float32))
+    learner = training.Learner(name, *EVERYBODY[name](scheduled, torch.float32))
     torch.manual_seed(0)
     kept = [training._tokens_kept(learner, some) for _ in range(20)]
     assert sum(kept) / 20 == pytest.approx(share, abs=0.02) and max(kept) < 0.6
@@ -104,7 +105,7 @@ def test_pruned_training_has_the_loss_of_packed_training(subject: peers.Subject)
     subject, _ = training._by_schedule(subject, batches())
     losses = []
     for name in (training.PACKED, training.PRUNED):
-        learner = training.Learner(name, *training.LEARNERS[name](subject, torch.float32))
+        learner = training.Learner(name, *EVERYBODY[name](subject, torch.float32))
         no_dropout(learner.model)
         with decisions_without_noise(0.0), record_skimming() as records:
             inputs = batches()[0].inputs

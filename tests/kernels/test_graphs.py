@@ -112,7 +112,7 @@ def test_sizes_waste_less_than_a_quarter() -> None:
 def test_a_tape_is_as_strict_as_a_graph() -> None:
     """What Python decided stays decided, and results lie where they lay."""
     call = Scaled(2)
-    tape = TapeEngine(torch.device("cpu")).capture(call.run)
+    tape = TapeEngine(torch.device("cpu")).record(call.run)
     assert isinstance(tape, Tape) and tape.outputs["y"].isnan().all()
     call.factor = 5.0
     call.load(torch.tensor([1.0, 2.0]))

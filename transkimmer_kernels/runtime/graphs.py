@@ -45,8 +45,10 @@ class Captured(Protocol):
 class Engine(Protocol):
     """Records functions. What one engine recorded shares memory: only one of them may run at a time."""
 
-    def capture(self, run: Callable[[], Tensors]) -> Captured:
-        """Runs the function for warming up, then records it."""
+    def warm_up(self, run: Callable[[], object]) -> None:
+        """Runs the function where it will be recorded, so that nothing is compiled or made for the first time there."""
+
+    def record(self, run: Callable[[], Tensors]) -> Captured: ...
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Work enqueued inside comes after that of earlier blocks, whatever stream and thread they were on."""
@@ -74,15 +76,20 @@ class CudaEngine:
             self._stream = torch.cuda.Stream()
             self._done = torch.cuda.Event()
 
-    def capture(self, run: Callable[[], Tensors]) -> Captured:
+    def warm_up(self, run: Callable[[], object]) -> None:
+        with torch.cuda.device(self.device):
+            # On the stream that is captured: the workspace of a cuBLAS handle belongs to a stream, and must not be
+            # made while its allocations go to the pool.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(self.WARM_UPS):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, run: Callable[[], Tensors]) -> Captured:
         with torch.cuda.device(self.device):
             graph, stream = torch.cuda.CUDAGraph(), self._stream
             stream.wait_stream(torch.cuda.current_stream())
-            # On the stream that is captured: the workspace of a cuBLAS handle belongs to a stream, and must not be
-            # made while its allocations go to the pool.
-            with torch.cuda.stream(stream):
-                for _ in range(self.WARM_UPS):
-                    run()
             # Other threads may allocate and launch meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = run()
@@ -183,7 +190,8 @@ class GraphCache:
         with self._engine.exclusive():
             call = make()
             call.load(request)
-            captured = self._engine.capture(call.run)
+            self._engine.warm_up(call.run)
+            captured = self._engine.record(call.run)
         self.captures += 1
         self._held[key] = (call, captured)
         if (taken := self.bytes_held) <= self.max_bytes:

@@ -111,7 +111,7 @@ def _sdpa(subject: Subject, example: Inputs, dtype: str) -> Run:
 
 
 def _compiled(subject: Subject, example: Inputs, dtype: str) -> Run:
-    compiled = torch.compile(_dense(subject, dtype), dynamic=True, mode="max-autotune")
+    compiled = torch.compile(_dense(subject, dtype), mode="max-autotune")
     return lambda inputs: compiled(**inputs).logits.clone()  # what a CUDA graph returned, its next replay overwrites
 
 

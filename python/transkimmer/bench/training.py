@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures import architecture_of, encoder_of
+from ..graphed_training import GraphedTraining
 from ..predictor import KEEP, SKIM, SkimPredictor
 from ..records import SkimRecord, current_records, record_skimming
 from ..skimming import skimming_of
@@ -38,6 +39,8 @@ DENSE_PACKED = "dense, packed (ours)"
 PUBLISHED = "skimming by masks, padded (as published)"
 PACKED = "skimming, packed (ours)"
 PRUNED = "skimming, packed, pruned (ours)"
+DENSE_GRAPHED = "dense, packed, graphs (ours)"
+GRAPHED = "skimming, packed, graphs (ours)"
 _LEARNING_RATE = 1e-6  # so little that predictors go on keeping about what they were set to keep
 _KEEP_ALL_LOGIT = 50.0  # far enough that no draw skims
 
@@ -54,7 +57,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.model.train()
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE)
+        # One kernel for all parameters, as Hugging Face's `Trainer` has it by default.
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE, fused=True)
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
         loss = self.loss(inputs, labels_of(inputs))
@@ -62,6 +66,11 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    @property
+    def graphs(self) -> GraphedTraining | None:
+        skimming = getattr(self.model, "skimming", None)
+        return None if skimming is None else skimming.training_graphs
 
 
 def _dense(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
@@ -78,11 +87,13 @@ def _dense(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
     return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
 
 
-def _ours(enabled: bool, pruned: bool = False) -> Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]:
+def _ours(
+    enabled: bool, *, pruned: bool = False, graphed: bool = False
+) -> Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]:
     def make(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
         model: Any = copy.deepcopy(subject.skimming)
-        skimming_of(model).enabled = enabled
-        skimming_of(model).config.pruned_training = pruned
+        skimming = skimming_of(model)
+        skimming.enabled, skimming.config.pruned_training, skimming.graphed_training = enabled, pruned, graphed
         return model.to(dtype=dtype), lambda inputs, labels: model(**inputs, labels=labels).loss
 
     return make
@@ -114,7 +125,9 @@ LEARNERS: dict[str, Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]] = 
     PACKED: _ours(True),
     PRUNED: _ours(True, pruned=True),
 }
-SKIMS = (PUBLISHED, PACKED, PRUNED)
+# On a GPU, too.
+GRAPHED_LEARNERS = {DENSE_GRAPHED: _ours(False, graphed=True), GRAPHED: _ours(True, graphed=True)}
+SKIMS = (PUBLISHED, PACKED, PRUNED, GRAPHED)
 
 
 def measure(
@@ -134,19 +147,22 @@ def measure(
     learners: list[Learner] = []
     differences: dict[str, float] = {}
     memory: dict[str, int | None] = {}
-    for name, make in LEARNERS.items():
+    for name, make in (LEARNERS | (GRAPHED_LEARNERS if setting.device == "cuda" else {})).items():
         watch = PeakMemory(setting.device)
         learner = Learner(name, *make(subject, dtype))
         weight = skimming_of(subject.skimming).config.skim_weight if name in SKIMS else 0.0
         differences[name] = _check(learner, batches, [loss + weight for loss in expected], setting)
-        watch.reset()
-        for batch in batches:
-            learner.step(batch.inputs)
-        memory[name] = watch.peak()
+        for measured in (False, True):  # the first steps capture graphs, and make the optimizer's states
+            if measured:
+                watch.reset()
+            for batch in batches:
+                learner.step(batch.inputs)
+        memory[name] = _with_graphs(watch.peak(), learner)
         learners.append(learner)
     field = [Contender(learner.name, learner.step) for learner in learners]
     seconds = time_in_turn(field, batches, repeats, DENSE_PACKED, limits, setting.device)
     tokens = sum(int(batch.lengths.sum()) for batch in batches)
+    eager = {learner.name: _why_eager(learner) for learner in learners}
     kept = {learner.name: _tokens_kept(learner, batches) for learner in learners}
     return [
         {
@@ -166,8 +182,23 @@ def measure(
             "tokens_kept": kept[name],
             "tokens_scheduled": scheduled if name in SKIMS else None,
         }
+        | (eager[name] or {})
         for name, times in seconds.items()
     ]
+
+
+def _with_graphs(peak: int | None, learner: Learner) -> int | None:
+    """A graph's activations lie in memory of its own, which torch does not count as allocated while it replays."""
+    graphs = learner.graphs
+    return peak if peak is None or graphs is None else peak + graphs.bytes_held
+
+
+def _why_eager(learner: Learner) -> dict[str, str] | None:
+    """A note for a row that would have to be of graphs and is not."""
+    graphs = learner.graphs
+    if graphs is None or graphs.why_eager is None:
+        return None
+    return {"note": f"without graphs: {graphs.why_eager}"}
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,321 @@
+"""Training by CUDA graphs: an encoder's forward is one launch, its backward another, however many kernels they have.
+
+A training step of a BERT on packed sequences has some three thousand kernels, and a fast device waits for its host to
+launch them. Nothing in an unpruned training forward depends on a value on the device, so it can be recorded once per
+size. Batches differ in their number of tokens. A graph's is that number rounded up; the rows left over are sequences
+of their own, which nobody reads and nobody attends to, so that their gradients are zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors, round_up
+
+from .training_forward import (
+    LayerDecisions,
+    PackedSequences,
+    TrainingEncoder,
+    TrainingResult,
+    drawing_noise,
+    first_of_each,
+)
+from .weights import Watch
+
+_MAX_GRAPHS = 16
+_STEP = 32  # tokens; sizes that differ by less are one
+
+
+class _Size(NamedTuple):
+    """What a graph has room for. spare: sequences that take the rows left over."""
+
+    capacity: int
+    batch: int
+    longest: int
+    spare: int
+
+
+def graph_size(count: int, batch: int, longest: int) -> _Size:
+    """The size of the graph for `count` tokens: less than a sixteenth of it is left over, or less than `_STEP`."""
+    step = max(_STEP, 1 << max(count.bit_length() - 5, 0))
+    longest = round_up(longest)
+    return _Size(-(-count // step) * step, batch, longest, -(-(step - 1) // longest))
+
+
+class GraphedTraining:
+    """The graphs of one encoder. A step goes forwards and backwards before the next one begins, or runs eagerly.
+
+    Graphs share their memory: activations of the largest, one set of gradients, and each one's input and output.
+    """
+
+    def __init__(self) -> None:
+        self.why_eager: str | None = "nothing ran yet"
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedTraining:
+        return GraphedTraining()  # a graph is of the parameters that it was recorded with
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedTraining, ()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of all graphs, activations included, and of their gradients."""
+        pool = 0 if self._engine is None else self._engine.bytes_held()
+        buffers = [*self._gradients, *(x for step in self._steps.values() for x in step.buffers)]
+        return pool + sum(x.nbytes for x in buffers)
+
+    def clear(self) -> None:
+        """Forgets every graph and gives the memory back."""
+        if getattr(self, "_engine", None) is not None:
+            self._engine.wait()
+        self._engine: Any = None
+        self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
+        self._refused: dict[Hashable, str] = {}
+        self._watch: Watch | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._gradients: list[Tensor] = []
+        self._flight: weakref.ref[_Flight] | None = None
+
+    def run(
+        self, module: nn.Module, encoder: TrainingEncoder, hidden: Tensor, cu_seqlens: Tensor, longest: int
+    ) -> TrainingResult | None:
+        """What `encoder.run` computes on packed states [tokens, d], by a replay; None, and `why_eager`, if it cannot.
+
+        module: what has the parameters of the encoder's layers and predictors, and perhaps more.
+        """
+        self.why_eager = self._why_not(module, encoder, hidden)
+        if self.why_eager is not None:
+            return None
+        size = graph_size(hidden.size(0), cu_seqlens.numel() - 1, longest)
+        key = self._key(size, encoder, hidden)
+        if key not in self._steps and key not in self._refused:
+            try:
+                self._capture(key, size, encoder, hidden, cu_seqlens)
+            except Exception as error:
+                reason = self._refused[key] = f"capturing failed: {type(error).__name__}: {error}"
+                warnings.warn(f"{type(module).__name__} trains without a CUDA graph: {reason}", stacklevel=6)
+        if key in self._refused:
+            self.why_eager = self._refused[key]
+            return None
+        self._steps.move_to_end(key)
+        flight = _Flight(self._steps[key], self._engine, self._parameters, self._gradients)
+        self._flight = weakref.ref(flight)
+        scalars = (encoder.temperature, encoder.noise)
+        out, skim_loss, keep, logit = _Replay.apply(flight, scalars, hidden, cu_seqlens, *self._parameters)
+        places = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
+        logits = [None] * len(keep) if encoder.predictors is None else logit
+        layers = [LayerDecisions(places, cu_seqlens, k, x) for k, x in zip(keep, logits, strict=True)]
+        return TrainingResult(out, layers, skim_loss)
+
+    def _why_not(self, module: nn.Module, encoder: TrainingEncoder, hidden: Tensor) -> str | None:
+        device = hidden.device.type
+        if device not in ENGINES:
+            return f"the model is on {hidden.device}"
+        if not torch.is_grad_enabled():
+            return "gradients are off"
+        if encoder.predictors is not None and encoder.config.pruned_training:
+            return "pruned training asks the device how many tokens are left"
+        if not drawing_noise():
+            return "decisions are made without noise"
+        if hidden.size(0) == 0:
+            return "the batch has no tokens"
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return "the forward is being traced"
+        if device == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "the caller is capturing a graph of its own"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return "training is distributed"
+        if self._flight is not None and (flight := self._flight()) is not None and not flight.landed:
+            return "the last step has not gone backwards yet"
+        return self._why_not_these(module)
+
+    def _why_not_these(self, module: nn.Module) -> str | None:
+        if self._watch is None or self._watch.moved():
+            self.clear()
+            self._watch, self._parameters = Watch(module), list(module.parameters())
+        modules = [m for _, m in self._watch.modules]
+        if not all(map(operator.attrgetter("training"), modules)):
+            return "a part of the encoder is in eval mode"
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules[1:]):
+            return "a part of the encoder has hooks, which a replay would not call"
+        if any(getattr(m, "gradient_checkpointing", False) for m in modules):
+            return "gradient checkpointing is on"
+        return None
+
+    def _key(self, size: _Size, encoder: TrainingEncoder, hidden: Tensor) -> Hashable:
+        """All that a graph depends on, values aside."""
+        trained = tuple(map(operator.attrgetter("requires_grad"), self._parameters))
+        how = (encoder.predictors is None, encoder.config.skim_attention, encoder.kernels.choice)
+        return size, hidden.dtype, hidden.requires_grad, _autocast(hidden.device.type), how, trained
+
+    def _capture(
+        self, key: Hashable, size: _Size, encoder: TrainingEncoder, hidden: Tensor, cu_seqlens: Tensor
+    ) -> None:
+        device = hidden.device
+        if self._engine is None:
+            self._engine = ENGINES[device.type](device)
+            self._gradients = [torch.empty_like(p) if p.requires_grad else p.new_empty(0) for p in self._parameters]
+        while len(self._steps) >= _MAX_GRAPHS:
+            self._engine.wait()
+            self._steps.popitem(last=False)
+        with self._engine.exclusive(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            step = _Step(size, encoder, hidden, self._parameters)
+            step.load(hidden.detach(), cu_seqlens, (encoder.temperature, encoder.noise))
+            _keep_gradients(self._parameters, self._gradients)
+            step.capture(self._engine, self._gradients)
+        self._steps[key] = step
+
+
+class _Step:
+    """A training step on buffers: rows [capacity, d] of which the first ones are real."""
+
+    def __init__(
+        self, size: _Size, encoder: TrainingEncoder, hidden: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self.size = size
+        self.hidden = hidden.new_zeros(size.capacity, hidden.size(1)).requires_grad_(hidden.requires_grad)
+        self.cu_seqlens = torch.zeros(size.batch + size.spare + 1, dtype=torch.int32, device=hidden.device)
+        temperature, noise = hidden.new_zeros(2, dtype=torch.float32).unbind()
+        self._scalars = (temperature, noise)
+        self._encoder = dataclasses.replace(encoder, temperature=temperature, noise=noise)
+        self._autocast = _autocast(hidden.device.type)
+        self._parameters = parameters
+        self._tail = torch.arange(1, size.spare + 1, dtype=torch.int32, device=hidden.device) * size.longest
+        self.buffers = [self.hidden, self.cu_seqlens]
+
+    def load(self, hidden: Tensor, cu_seqlens: Tensor, scalars: tuple[float | Tensor, ...]) -> None:
+        """The host waits for nothing."""
+        count, batch = hidden.size(0), self.size.batch
+        with torch.no_grad():
+            self.hidden[:count].copy_(hidden)
+            self.hidden[count:].zero_()
+            self.cu_seqlens[: batch + 1].copy_(cu_seqlens)
+            torch.clamp(self._tail + count, max=self.size.capacity, out=self.cu_seqlens[batch + 1 :])
+            for buffer, value in zip(self._scalars, scalars, strict=True):
+                buffer.fill_(value)
+
+    def capture(self, engine: Engine, gradients: Sequence[Tensor]) -> None:
+        """gradients: of each parameter, where they are written; empty for those that are not trained."""
+        engine.warm_up(lambda: self._backward(self._forward(), gradients, empty=True))
+        self.forward: Captured = engine.record(self._forward)
+        outputs = self.forward.outputs
+        # A replay's way back starts from here.
+        self.grads = {name: torch.zeros_like(x) for name, x in outputs.items() if x.requires_grad}
+        self.backward: Captured = engine.record(lambda: self._backward(outputs, gradients))
+        self.forward.outputs = {name: x.detach() for name, x in outputs.items()}  # without what autograd knows
+        self.buffers += self.grads.values()
+
+    def _forward(self) -> Tensors:
+        batch, capacity = self.size.batch, self.size.capacity
+        device, autocast = self.hidden.device, self._autocast
+        with torch.enable_grad(), torch.autocast(device.type, autocast, autocast is not None, cache_enabled=False):
+            sequences = PackedSequences(self.cu_seqlens, self.size.longest, first_of_each(self.cu_seqlens, capacity))
+            result = self._encoder.run(self.hidden, sequences)
+            count = self.cu_seqlens[batch]
+            real = torch.arange(capacity, device=device) < count
+            keep = torch.stack([layer.keep for layer in result.layers])
+            outputs = {
+                "hidden": result.hidden,
+                "skim_loss": (keep * real).sum(1).div(count).mean(),
+                "keep": keep.detach(),
+            }
+            logits = [layer.logit.detach() for layer in result.layers if layer.logit is not None]
+            return outputs | ({"logit": torch.stack(logits)} if logits else {})
+
+    def _backward(self, outputs: Tensors, gradients: Sequence[Tensor], empty: bool = False) -> Tensors:
+        roots = {name: x for name, x in outputs.items() if x.requires_grad}
+        given = [torch.zeros_like(x) if empty else self.grads[name] for name, x in roots.items()]
+        trained = [i for i, p in enumerate(self._parameters) if p.requires_grad]
+        leaves = [*([self.hidden] if self.hidden.requires_grad else []), *(self._parameters[i] for i in trained)]
+        found = list(torch.autograd.grad(list(roots.values()), leaves, given, allow_unused=True))
+        result = {"hidden": found.pop(0)} if self.hidden.requires_grad else {}
+        with torch.no_grad():
+            self.reached = [i for i, gradient in zip(trained, found, strict=True) if gradient is not None]
+            torch._foreach_copy_([gradients[i] for i in self.reached], [g for g in found if g is not None])
+        return result
+
+
+class _Flight:
+    """One use of a step, between its way there and its way back."""
+
+    def __init__(
+        self, step: _Step, engine: Engine, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
+    ) -> None:
+        self.step, self.engine, self.parameters, self.gradients = step, engine, parameters, gradients
+        self.landed = False
+
+
+class _Replay(torch.autograd.Function):
+    """(final states [tokens, d], skim loss, keep [layers, tokens], logit likewise): graphs instead of the encoder."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flight: _Flight,
+        scalars: tuple[float | Tensor, ...],
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.flight, ctx.count = flight, hidden.size(0)
+        step = flight.step
+        with flight.engine.exclusive():
+            step.load(hidden, cu_seqlens, scalars)
+            step.forward.replay()
+            # The states are copied to their places at once; the rest may outlive the step.
+            keep, logit = step.forward.outputs["keep"], step.forward.outputs.get("logit")
+            keep = keep[:, : ctx.count].clone()
+            logit = keep.new_empty(0) if logit is None else logit[:, : ctx.count].clone()
+            out = step.forward.outputs["hidden"].detach()[: ctx.count]
+            skim_loss = step.forward.outputs["skim_loss"].clone()
+        ctx.mark_non_differentiable(keep, logit, *([] if "skim_loss" in step.grads else [skim_loss]))
+        return out, skim_loss, keep, logit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_skim_loss: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        flight, count = ctx.flight, ctx.count
+        step = flight.step
+        if flight.landed:
+            raise RuntimeError("a step of graphed training goes backwards once: its activations are overwritten")
+        with flight.engine.exclusive():
+            _keep_gradients(flight.parameters, flight.gradients)
+            for name, grad in (("hidden", grad_out), ("skim_loss", grad_skim_loss)):
+                if (buffer := step.grads.get(name)) is not None:
+                    part = buffer[:count] if name == "hidden" else buffer
+                    part.copy_(grad)
+            if "hidden" in step.grads:
+                step.grads["hidden"][count:].zero_()
+            step.backward.replay()
+        flight.landed = True
+        grad_hidden = step.backward.outputs.get("hidden")
+        reached = set(step.reached)
+        gradients = (g.detach() if i in reached else None for i, g in enumerate(flight.gradients))
+        return None, None, None if grad_hidden is None else grad_hidden[:count].clone(), None, *gradients
+
+
+def _keep_gradients(parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
+    """Before the buffers are written: a parameter's `.grad` may be one of them, and be added to by the next steps."""
+    for p, buffer in zip(parameters, buffers, strict=True):
+        if p.grad is not None and p.grad.data_ptr() == buffer.data_ptr():
+            p.grad = p.grad.clone()
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype of autocasting, None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,333 @@
+"""Training by graphs, tapes on the CPU: the loss and the gradients of an eager step, whatever the batch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transkimmer import SkimConfig, add_skimming, record_skimming
+from transkimmer.graphed_training import GraphedTraining, graph_size
+from transkimmer.records import SkimRecord
+from transkimmer.training_forward import decisions_without_noise
+
+from transkimmer_kernels.runtime.graphs import ENGINES
+
+from ..tape import Tape, TapeEngine
+from .tiny import ARCHITECTURES, no_dropout, padded_inputs, tiny, undecided_predictors
+
+pytestmark = pytest.mark.default_kernels("is about what stands around the kernels, and too long for an interpreter")
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# As many tokens as fill a graph; fewer, in other lengths, by the same graph; by others: more sequences, longer ones.
+BATCHES = ((14, 2, 9, 7), (9, 14, 6, 2), (14, 14, 1, 2), (5, 9, 1, 14, 5), (30, 1, 33))
+
+
+class StepTapes(TapeEngine):
+    """Poisons what a forward leaves only before the next one: a backward needs it."""
+
+    last: StepTapes
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        StepTapes.last = self
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        yield
+
+    def recorded(self, tape: Tape) -> None:
+        """A backward is recorded over the values of its forward."""
+
+    def poison(self) -> None:
+        for tape in self._tapes:
+            tape.poison()
+
+
+@pytest.fixture(autouse=True)
+def tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "cpu", StepTapes)
+
+
+def graphed(architecture: str = "bert", **config: Any) -> PreTrainedModel:
+    """Without dropout, and with decisions that are not drawn unless `noise` is given."""
+    model = add_skimming(no_dropout(tiny(architecture, "sequence")), SkimConfig(**{"noise": 0.0, **config}))
+    undecided_predictors(model)
+    model.skimming.cuda_graphs = "off"
+    model.skimming.graphed_training = True
+    return model.train()
+
+
+def loss_of(model: PreTrainedModel, lengths: tuple[int, ...], seed: int = 0) -> Tensor:
+    inputs = padded_inputs(lengths)
+    torch.manual_seed(seed)
+    return model(**inputs, labels=torch.arange(len(lengths)) % 2).loss
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(
+    model: PreTrainedModel, lengths: tuple[int, ...], seed: int = 0
+) -> tuple[float, dict[str, Tensor], SkimRecord]:
+    model.zero_grad(set_to_none=True)
+    with record_skimming() as records:
+        loss = loss_of(model, lengths, seed)
+        loss.backward()
+    return loss.item(), gradients(model), records[0]
+
+
+def eagerly(model: PreTrainedModel, work: Callable[[PreTrainedModel], Any]) -> Any:
+    twin = copy.deepcopy(model)
+    twin.skimming.graphed_training = False
+    return work(twin)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert list(actual) == list(expected)
+    scale = max(float(x.abs().max()) for x in expected.values())
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
+
+
+def assert_step(model: PreTrainedModel, lengths: tuple[int, ...], why_eager: str | None = None) -> None:
+    if len(model.skimming.training_graphs):
+        StepTapes.last.poison()
+    loss, actual, record = step(model, lengths)
+    assert model.skimming.training_graphs.why_eager == why_eager
+    expected_loss, expected, expected_record = eagerly(model, lambda twin: step(twin, lengths))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(actual, expected)
+    assert torch.equal(record.keep_masks, expected_record.keep_masks)
+    for logit, expected_logit in zip(record.logits, expected_record.logits, strict=True):
+        torch.testing.assert_close(logit, expected_logit, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@every_architecture
+def test_steps_equal_eager_ones(architecture: str) -> None:
+    model = graphed(architecture)
+    for lengths in (*BATCHES, BATCHES[0]):
+        assert_step(model, lengths)
+    assert len(model.skimming.training_graphs) == 3
+    assert model.skimming.training_graphs.bytes_held > sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [{"skim_attention": "published"}, {"predictor_width": 8}, {"temperature": 0.3}])
+def test_configurations(config: dict[str, Any]) -> None:
+    assert_step(graphed(**config), BATCHES[0])
+
+
+def test_without_skimming() -> None:
+    model = graphed()
+    model.skimming.enabled = False
+    loss, actual, _ = step(model, BATCHES[0])
+    assert model.skimming.training_graphs.why_eager is None
+    expected_loss, expected, _ = eagerly(model, lambda twin: step(twin, BATCHES[0]))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(actual, expected)
+
+
+def test_it_trains() -> None:
+    """Weights that an optimizer changes in place, and settings of the draws, are followed without a new capture."""
+    model = graphed()
+    twin = copy.deepcopy(model)
+    twin.skimming.graphed_training = False
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, twin)]
+    for number in range(5):
+        losses = []
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            m.skimming.config.temperature = 1 / (1 + number)
+            m.skimming.config.skim_weight = 0.1 * number
+            loss = loss_of(m, BATCHES[number % 3])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert model.skimming.training_graphs.why_eager is None and len(model.skimming.training_graphs) == 1
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_add_up_over_steps(set_to_none: bool) -> None:
+    def work(model: PreTrainedModel) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        for lengths in (BATCHES[0], BATCHES[1]):
+            loss_of(model, lengths).backward()
+        model.zero_grad(set_to_none=set_to_none)
+        for lengths in (BATCHES[1], BATCHES[3], BATCHES[0]):
+            loss_of(model, lengths).backward()
+        return gradients(model)
+
+    model = graphed()
+    assert_close(work(model), eagerly(model, work))
+
+
+def test_a_step_within_another_runs_eagerly() -> None:
+    def work(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str | None]]:
+        model.zero_grad(set_to_none=True)
+        graphs, reasons = model.skimming.training_graphs, []
+        first = loss_of(model, BATCHES[0])
+        reasons.append(graphs and graphs.why_eager)
+        second = loss_of(model, BATCHES[1])
+        reasons.append(graphs and graphs.why_eager)
+        (first + 2 * second).backward()
+        return gradients(model), reasons
+
+    model = graphed()
+    actual, reasons = work(model)
+    assert reasons == [None, "the last step has not gone backwards yet"]
+    assert_close(actual, eagerly(model, work)[0])
+    assert_step(model, BATCHES[0])
+
+
+def test_a_step_that_is_dropped_does_no_harm() -> None:
+    model = graphed()
+    loss_of(model, BATCHES[0])
+    assert_step(model, BATCHES[1])
+
+
+def test_backwards_twice_is_refused() -> None:
+    model = graphed()
+    loss = loss_of(model, BATCHES[0])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backwards once"):
+        loss.backward()
+
+
+def test_frozen_parameters_and_embeddings() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    assert_step(model, BATCHES[0])
+    assert len(model.skimming.training_graphs) == 2
+
+
+def test_parameters_that_lie_elsewhere() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.data = torch.zeros(64, 128)
+    assert_step(model, BATCHES[0])
+    assert len(model.skimming.training_graphs) == 1
+
+
+def test_autocast() -> None:
+    def work(model: PreTrainedModel) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, BATCHES[0])
+        loss.backward()
+        return gradients(model)
+
+    model = graphed()
+    assert_close(work(model), eagerly(model, work), tolerance=0.02)
+    assert model.skimming.training_graphs.why_eager is None
+    assert_step(model, BATCHES[0])  # without, by another graph
+    assert len(model.skimming.training_graphs) == 2
+
+
+def test_draws_are_new_in_every_step() -> None:
+    model = graphed(noise=1.0)
+    masks = [step(model, BATCHES[0], seed)[2].keep_masks for seed in (1, 2, 3, 1)]
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+    assert torch.equal(masks[0], masks[3])
+
+
+def test_a_capture_draws_nothing() -> None:
+    """The generator is where it was, so that what comes after does not depend on when a size is captured."""
+    model = graphed(noise=1.0)
+    step(model, BATCHES[0])
+    after = torch.rand(1)
+    step(model, BATCHES[0])
+    assert torch.equal(torch.rand(1), after)
+
+
+def _checkpointed(model: PreTrainedModel) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def _hooked(model: PreTrainedModel) -> None:
+    model.bert.encoder.layer[0].register_forward_hook(lambda *args: None)
+
+
+def _pruned(model: PreTrainedModel) -> None:
+    model.skimming.config.pruned_training = True
+
+
+def _partly_in_eval_mode(model: PreTrainedModel) -> None:
+    model.bert.encoder.layer[0].eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_checkpointed, "gradient checkpointing is on"),
+        (_hooked, "a part of the encoder has hooks, which a replay would not call"),
+        (_pruned, "pruned training asks the device how many tokens are left"),
+        (_partly_in_eval_mode, "a part of the encoder is in eval mode"),
+    ],
+)
+def test_what_runs_eagerly_and_says_why(change: Callable[[PreTrainedModel], None], reason: str) -> None:
+    model = graphed()
+    change(model)
+    assert_step(model, BATCHES[0], why_eager=reason)
+
+
+def test_forwards_that_need_no_gradient_run_eagerly() -> None:
+    model = graphed()
+    with torch.no_grad():
+        loss_of(model, BATCHES[0])
+    assert model.skimming.training_graphs.why_eager == "gradients are off"
+    with decisions_without_noise(0.0):
+        loss_of(model, BATCHES[0]).backward()
+    assert model.skimming.training_graphs.why_eager == "decisions are made without noise"
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: StepTapes, run: Callable[[], Any]) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(StepTapes, "record", fail)
+    model = graphed()
+    with pytest.warns(UserWarning, match="trains without a CUDA graph: capturing failed: RuntimeError: no"):
+        step(model, BATCHES[0])
+    assert_step(model, BATCHES[0], why_eager="capturing failed: RuntimeError: no")
+
+
+def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transkimmer.graphed_training._MAX_GRAPHS", 2)
+    model = graphed()
+    for lengths in ((3,), (3, 3), (3, 3, 3), (3,)):
+        assert_step(model, lengths)
+        assert len(model.skimming.training_graphs) <= 2
+
+
+def test_copies_start_without_graphs() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.skimming.graphed_training and len(twin.skimming.training_graphs) == 0
+        assert_step(twin, BATCHES[0])
+    model.skimming.graphed_training = False
+    assert model.skimming.training_graphs is None
+
+
+def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ENGINES, "cpu")
+    assert_step(graphed(), BATCHES[0], why_eager="the model is on cpu")
+
+
+@pytest.mark.parametrize("count", [1, 7, 31, 32, 33, 100, 6825, 50_000])
+@pytest.mark.parametrize("longest", [1, 5, 128])
+def test_room_for_what_is_left_over(count: int, longest: int) -> None:
+    size = graph_size(count, 3, longest)
+    assert 0 <= size.capacity - count < max(count / 16, 32)
+    assert size.spare * size.longest >= size.capacity - count and size.longest >= longest
+    assert GraphedTraining().bytes_held == 0
