@@ -73,11 +73,15 @@ class GraphedTraining:
         return len(self._steps)
 
     @property
+    def pool_bytes(self) -> int:
+        """Memory of all graphs' activations, inputs and gradients aside, which torch does not count as allocated."""
+        return 0 if self._engine is None else self._engine.bytes_held()
+
+    @property
     def bytes_held(self) -> int:
-        """Memory of all graphs, activations included, and of their gradients."""
-        pool = 0 if self._engine is None else self._engine.bytes_held()
+        """Memory of all graphs, and of the gradients that they share."""
         buffers = [*self._gradients, *(x for step in self._steps.values() for x in step.buffers)]
-        return pool + sum(x.nbytes for x in buffers)
+        return self.pool_bytes + sum(x.nbytes for x in buffers)
 
     def clear(self) -> None:
         """Forgets every graph and gives the memory back."""
@@ -192,7 +196,7 @@ class _Step:
         self.cu_seqlens = torch.zeros(size.batch + size.spare + 1, dtype=torch.int32, device=hidden.device)
         temperature, noise = hidden.new_zeros(2, dtype=torch.float32).unbind()
         self._scalars = (temperature, noise)
-        self._encoder = dataclasses.replace(encoder, temperature=temperature, noise=noise)
+        self._encoder = dataclasses.replace(encoder, temperature=temperature, noise=noise, recompute=True)
         self._autocast = _autocast(hidden.device.type)
         self._parameters = parameters
         self._tail = torch.arange(1, size.spare + 1, dtype=torch.int32, device=hidden.device) * size.longest

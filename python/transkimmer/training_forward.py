@@ -9,7 +9,7 @@ would have told that decision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -79,6 +79,7 @@ class TrainingEncoder:
     """Layers, their predictors (None: nothing is skimmed), and how they are run.
 
     temperature, noise: of the draws, see `straight_through_keep`.
+    recompute: feed-forward networks and predictors keep no activations, and compute them anew on the way back.
     first_token_only: nothing but the first tokens' final states is read. Pruned training then leaves a skimmed token
     out as a query, too, in the layer that skims it: its output there could only matter to a readout of it.
     """
@@ -92,6 +93,7 @@ class TrainingEncoder:
     temperature: float | Tensor
     noise: float | Tensor
     first_token_only: bool = False
+    recompute: bool = False
 
     def run(self, hidden: Tensor, sequences: PackedSequences) -> TrainingResult:
         """hidden: packed states [tokens, d]."""
@@ -115,7 +117,7 @@ class TrainingEncoder:
     def _decide(self, index: int, present: _Present) -> tuple[_Present, LayerDecisions]:
         logit = None
         if self.predictors is not None:
-            logit = self.predictors[index](present.hidden)  # [n]
+            logit = self._lightly(self.predictors[index], present.hidden)  # [n]
             decided = straight_through_keep(logit, self.temperature, self.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
@@ -155,8 +157,15 @@ class TrainingEncoder:
         context = keep_attention(q, k, v, keep, sequences, key_sequences, self.config, self.kernels)
         x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context.reshape(hidden.shape)))
         x = get(layer, a.norm1)(x + hidden)
-        y = get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x)))
+        y = self._lightly(lambda x: get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x))), x)
         return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
+
+    def _lightly(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A function that draws nothing, with or without its activations."""
+        if not self.recompute:
+            return function(x)
+        result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return result
 
 
 def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:

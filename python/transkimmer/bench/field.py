@@ -87,7 +87,7 @@ class Field:
         built = self._kept.get(peer.key) or peer.why_not(setting.device, setting.dtype)
         try:
             if built is None:
-                built = _build(peer, subject, setting)
+                built = _build(peer, subject, setting, batches[0])
                 if not peer.ours:
                     self._kept[peer.key] = built
             if isinstance(built, str):
@@ -115,10 +115,13 @@ class Field:
         return seconds
 
 
-def _build(peer: Peer, subject: Subject, setting: Setting) -> Built:
+def _build(peer: Peer, subject: Subject, setting: Setting, first: Batch) -> Built:
     """With a first call in it, which compiles, tunes and prepares weights."""
-    # Two sequences of two lengths, so that no size is taken for a constant and no mask for superfluous.
+    # Two sequences of two lengths, so that no size is taken for a constant and no mask for superfluous; but for whom
+    # every size is a constant until it meets another, and compiling takes a minute: the first that will be timed.
     example = workload.random_batches([12, 7], 2, 1, subject.dense.config.vocab_size)[0].to(setting.device).inputs
+    if peer.compiles_sizes:
+        example = first.inputs
     memory = PeakMemory(setting.device)
     start = time.perf_counter()
     with _quiet():

@@ -58,6 +58,7 @@ class Peer:
         works_on: "padded" (every place of the batch), "real" (every real token) or "kept" (what is not skimmed).
         packages: needed from PyPI; devices, dtypes: where and in what it can be timed.
         ours: whether it runs on this package's kernels, and leaves out what the head does not read of the last layer.
+        compiles_sizes: whether it compiles for the sizes of its first input, and anew for others.
     """
 
     key: str
@@ -68,6 +69,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     ours: bool = False
+    compiles_sizes: bool = False
 
     def why_not(self, device: str, dtype: str) -> str | None:
         """Why it cannot be timed here, None if it can."""
@@ -240,7 +242,7 @@ def _openvino(subject: Subject, example: Inputs, dtype: str) -> Run:
 PEERS = (
     Peer("eager", EAGER, _eager),
     Peer("sdpa", PADDED, _sdpa),
-    Peer("compile", COMPILED, _compiled),
+    Peer("compile", COMPILED, _compiled, compiles_sizes=True),
     Peer("nested", NESTED, _nested, "real"),
     Peer("onnx", ONNX, _onnx_runtime, "padded", ("onnx", "onnxruntime", "onnxscript"), ("cpu",), ("fp32",)),
     Peer("openvino", OPENVINO, _openvino, "padded", ("openvino",), ("cpu",)),

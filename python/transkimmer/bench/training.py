@@ -188,9 +188,9 @@ def measure(
 
 
 def _with_graphs(peak: int | None, learner: Learner) -> int | None:
-    """A graph's activations lie in memory of its own, which torch does not count as allocated while it replays."""
+    """With the activations of graphs, which torch does not count as allocated while these replay."""
     graphs = learner.graphs
-    return peak if peak is None or graphs is None else peak + graphs.bytes_held
+    return peak if peak is None or graphs is None else peak + graphs.pool_bytes
 
 
 def _why_eager(learner: Learner) -> dict[str, str] | None:
