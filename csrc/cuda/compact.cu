@@ -12,11 +12,13 @@
 // 32 w + i, so loads are coalesced whatever the alignment of the tensors; slots are loaded together with the
 // mask, before the wait for other tiles.
 //
-// Tiles: up to 4096 positions take one block and no communication. More use decoupled look-back (Merrill and
-// Garland 2016): a tile publishes its own count at once, and its inclusive count as soon as it knows what
-// lies before it; a warp inspects 32 predecessors at a time. Tiles are numbered in the order in which blocks
-// start, so a block only ever waits for blocks that are already running. Counts are integers, so the order of
-// arrival does not show in the result.
+// Tiles: a block of a list of up to 16 tiles counts for itself what survives before its own, 16 positions to
+// a load. That reads the mask again, from L2, and needs neither communication nor a workspace, whose zeros
+// would take a launch of their own. More tiles use decoupled look-back (Merrill and Garland 2016): a tile
+// publishes its own count at once, and its inclusive count as soon as it knows what lies before it; a warp
+// inspects 32 predecessors at a time. Tiles are numbered in the order in which blocks start, so a block only
+// ever waits for blocks that are already running. Counts are integers, so the order of arrival does not show
+// in the result.
 
 #include "transkimmer/compact.cuh"
 
@@ -76,6 +78,38 @@ __device__ uint32_t scan_words(const uint32_t* words, uint32_t* offsets, uint32_
   return total;
 }
 
+// How many of the positions before `start`, a multiple of 16, survive. Called by a whole block; `sums` has a
+// word per warp.
+template <int kThreads>
+__device__ uint32_t count_before(const CompactArguments& arguments, int64_t start, uint32_t* sums) {
+  const int64_t thread = threadIdx.x;
+  // The mask may begin anywhere; before its first aligned position, and from the last one on, bytes are
+  // taken.
+  const int64_t head = (16 - reinterpret_cast<uintptr_t>(arguments.keep) % 16) % 16;
+  const int64_t vectors = (start - head) / 16, tail = head + 16 * vectors;
+  uint32_t own = 0;
+  if (thread < head) own += arguments.keep[thread] != 0;
+  if (thread < start - tail) own += arguments.keep[tail + thread] != 0;
+#pragma unroll 4
+  for (int64_t i = thread; i < vectors; i += kThreads) {
+    const uint4 bytes = reinterpret_cast<const uint4*>(arguments.keep + head)[i];
+    own += __popc(nonzero_bytes(bytes.x)) + __popc(nonzero_bytes(bytes.y)) + __popc(nonzero_bytes(bytes.z)) +
+           __popc(nonzero_bytes(bytes.w));
+  }
+  if (arguments.keep_first) {
+    for (int64_t b = thread; b < arguments.batch; b += kThreads) {
+      const int64_t first = arguments.cu_seqlens[b];
+      own += first < start && first < arguments.cu_seqlens[b + 1] && arguments.keep[first] == 0;
+    }
+  }
+  own = __reduce_add_sync(kAllLanes, own);
+  if (thread % 32 == 0) sums[thread / 32] = own;
+  __syncthreads();
+  uint32_t total = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += sums[warp];
+  return total;
+}
+
 template <int kThreads, int kWordsPerWarp>
 __global__ void __launch_bounds__(kThreads) compact_kernel(CompactArguments arguments) {
   constexpr int kWords = kThreads / 32 * kWordsPerWarp;
@@ -84,13 +118,13 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(CompactArguments argu
       words[kWords + 1];  // the mask; the last word stays empty, for the position behind the tile
   __shared__ uint32_t offsets[kWords + 1];  // survivors of this tile before each word
   __shared__ int64_t shared_tile;
-  __shared__ uint32_t shared_base;
+  __shared__ uint32_t shared_base, sums[kThreads / 32];
 
   const uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   uint64_t* const ticket = arguments.workspace;
   if (thread == 0) {
-    shared_tile =
-        ticket ? static_cast<int64_t>(AtomicState(*ticket).fetch_add(1, cuda::memory_order_relaxed)) : 0;
+    shared_tile = ticket ? static_cast<int64_t>(AtomicState(*ticket).fetch_add(1, cuda::memory_order_relaxed))
+                         : int64_t{blockIdx.x};
     words[kWords] = 0;
   }
   __syncthreads();
@@ -121,9 +155,10 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(CompactArguments argu
     __syncthreads();
   }
 
+  const uint32_t counted = ticket || tile == 0 ? 0 : count_before<kThreads>(arguments, start, sums);
   if (warp == 0) {
     const uint32_t own = scan_words<kWords>(words, offsets, lane);
-    uint32_t before = 0;
+    uint32_t before = counted;
     if (ticket) {
       uint64_t* const states = ticket + 1;
       if (lane == 0)

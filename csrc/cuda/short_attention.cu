@@ -37,7 +37,7 @@
 namespace transkimmer {
 namespace {
 
-// lower_bound by a whole block, with one round trip to memory where batch <= kThreads.
+// lower_bound by a whole block.
 template <int kThreads>
 __device__ int64_t block_lower_bound(const int32_t* values, int64_t n, int64_t target) {
   SearchStep step{0, n};
@@ -46,6 +46,33 @@ __device__ int64_t block_lower_bound(const int32_t* values, int64_t n, int64_t t
     step = step.narrowed(kThreads, __syncthreads_count(probe < step.last && values[probe] < target));
   }
   return step.first;
+}
+
+// tile_sequences by a whole block, with one round trip to memory where there are at most 4 sequences to a
+// thread.
+template <int kThreads>
+__device__ TileSequences block_tile_sequences(const int32_t* cu_seqlens_k, int64_t batch, int64_t start) {
+  constexpr int kPerThread = 4;
+  if (batch > kPerThread * kThreads) {
+    const int64_t first = block_lower_bound<kThreads>(cu_seqlens_k, batch, start);
+    const int64_t more =
+        block_lower_bound<kThreads>(cu_seqlens_k + first, batch - first, start + kTileStride);
+    return {first, first + more};
+  }
+  int64_t keys[kPerThread];  // before the thread's sequences
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t sequence = i * kThreads + static_cast<int64_t>(threadIdx.x);
+    keys[i] = sequence < batch ? cu_seqlens_k[sequence] : start + kTileStride;
+  }
+  TileSequences found{0, 0};
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    if (i * kThreads >= batch) break;
+    found.first += __syncthreads_count(keys[i] < start);
+    found.last += __syncthreads_count(keys[i] < start + kTileStride);
+  }
+  return found;
 }
 
 // Sets to 0 what is not finite among two values; whether there was any.
@@ -99,17 +126,15 @@ __device__ void load_tile(Tile& tile, const ShortAttentionArguments& arguments, 
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     short_attention_kernel(ShortAttentionArguments arguments) {
   TRANSKIMMER_DYNAMIC_SHARED(shared);
   Tile& tile = *reinterpret_cast<Tile*>(shared);
   const int64_t head = blockIdx.y, start = int64_t{blockIdx.x} * kTileStride;
   // Behind the last key there may be sequences without keys, but only in the window that it ends in.
   if (start > arguments.cu_seqlens_k[arguments.batch]) return;
-  const int64_t first = block_lower_bound<Tile::kThreads>(arguments.cu_seqlens_k, arguments.batch, start);
-  const int64_t last =
-      first + block_lower_bound<Tile::kThreads>(arguments.cu_seqlens_k + first, arguments.batch - first,
-                                                start + kTileStride);
+  const auto [first, last] =
+      block_tile_sequences<Tile::kThreads>(arguments.cu_seqlens_k, arguments.batch, start);
   if (first == last) return;
 
   const Window window{{first, last}, arguments.cu_seqlens_q[first], arguments.cu_seqlens_k[first]};
@@ -177,16 +202,22 @@ cudaError_t launch(const ShortAttentionArguments& arguments, cudaStream_t stream
   return cudaLaunchKernelEx(&config, sum_heads_kernel, arguments);
 }
 
+template <class T, int kHeadDim>
+cudaError_t launch(const ShortAttentionArguments& arguments, cudaStream_t stream) {
+  if (arguments.max_seqlen_k <= kShortSequences[0])
+    return launch<T, kHeadDim, kShortSequences[0]>(arguments, stream);
+  if (arguments.max_seqlen_k <= kShortSequences[1])
+    return launch<T, kHeadDim, kShortSequences[1]>(arguments, stream);
+  return launch<T, kHeadDim, kShortSequences[2]>(arguments, stream);
+}
+
 template <class T>
 cudaError_t launch(const ShortAttentionArguments& arguments, cudaStream_t stream) {
-  const bool short_kind = arguments.max_seqlen_k <= kShortSequences[0];
   switch (arguments.head_dim) {
     case 32:
-      return short_kind ? launch<T, 32, kShortSequences[0]>(arguments, stream)
-                        : launch<T, 32, kShortSequences[1]>(arguments, stream);
+      return launch<T, 32>(arguments, stream);
     case 64:
-      return short_kind ? launch<T, 64, kShortSequences[0]>(arguments, stream)
-                        : launch<T, 64, kShortSequences[1]>(arguments, stream);
+      return launch<T, 64>(arguments, stream);
     default:
       return cudaErrorInvalidValue;
   }

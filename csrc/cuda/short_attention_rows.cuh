@@ -19,8 +19,15 @@ template <int kHeadDim_, int kLongest>
 struct alignas(16) Tile {
   static constexpr int kHeadDim = kHeadDim_, kKeys = tile_keys(kLongest);
   static constexpr int kRow = kHeadDim + 8;  // elements from one key to the next
-  // One round of rows holds most tiles of the shorter kind; the longer kind's scores fill a warp's registers.
+  // One round of rows holds most tiles of the shortest kind; the others' scores fill a warp's registers.
   static constexpr int kWarps = kLongest <= 64 ? 6 : 4, kThreads = 32 * kWarps;
+  // That are to fit on a multiprocessor. Elsewhere than on sm_90, a third one would make the longer kinds
+  // spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  static constexpr int kBlocks = kLongest <= 64 ? 2 : 3;
+#else
+  static constexpr int kBlocks = 2;
+#endif
 
   uint16_t keys[kKeys * kRow], values[kKeys * kRow];
   float log_keep[kKeys];            // base 2

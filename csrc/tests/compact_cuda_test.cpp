@@ -55,11 +55,13 @@ Result expected(const Case& c, bool keep_first) {
 }
 
 template <class Launch>
-Result actual(const Case& c, bool keep_first, int64_t tile, Launch launch) {
+Result actual(const Case& c, bool keep_first, int64_t tile, Launch launch, size_t shift = 0) {
+  std::vector<uint8_t> mask(shift, 1);  // so that the mask begins anywhere
+  mask.insert(mask.end(), c.keep.begin(), c.keep.end());
   Result result{std::vector<int32_t>(c.slots.size(), kUnwritten),
                 std::vector<int32_t>(c.cu_seqlens.size(), kUnwritten)};
   std::vector<uint64_t> workspace(transkimmer::compact_workspace(static_cast<int64_t>(c.slots.size()), tile));
-  launch(CompactArguments{c.keep.data(), c.slots.data(), c.cu_seqlens.data(), result.slots.data(),
+  launch(CompactArguments{mask.data() + shift, c.slots.data(), c.cu_seqlens.data(), result.slots.data(),
                           result.cu_seqlens.data(), workspace.empty() ? nullptr : workspace.data(),
                           static_cast<int64_t>(c.slots.size()), static_cast<int64_t>(c.cu_seqlens.size()) - 1,
                           keep_first});
@@ -81,7 +83,7 @@ void check_shipped(std::mt19937& random) {
                           make_case(random, 3, 0, 40, 0.5),     make_case(random, 40, 50, 9, 0.3),
                           make_case(random, 900, 6, 3000, 0.4), make_case(random, 70, 300, 100, 0.0),
                           make_case(random, 30, 300, 0, 1.0)};
-  for (int capacity : {4095, 4096, 4097, 8192}) {
+  for (int capacity : {4095, 4096, 4097, 8192, 20'000, 16 * 4096, 16 * 4096 + 1}) {
     Case c = make_case(random, 0, 0, capacity, 0.5);
     c.cu_seqlens = {0, 0, 1, capacity / 2, capacity, capacity, capacity};  // ends in empty sequences
     for (auto& keep : c.keep) keep = random() % 2;
@@ -90,8 +92,9 @@ void check_shipped(std::mt19937& random) {
   for (const Case& c : cases) {
     for (bool keep_first : {false, true}) {
       check("shipped launch", c, keep_first,
-            actual(c, keep_first, transkimmer::kCompactTile,
-                   [](const auto& arguments) { transkimmer::compact(arguments, nullptr); }));
+            actual(
+                c, keep_first, transkimmer::kCompactTile,
+                [](const auto& arguments) { transkimmer::compact(arguments, nullptr); }, random() % 32));
     }
   }
 }
@@ -125,7 +128,9 @@ void check_look_back(std::mt19937& random) {
 
 using transkimmer::compact_tiles, transkimmer::compact_workspace;
 static_assert(compact_tiles(0, 128) == 1 && compact_tiles(128, 128) == 1 && compact_tiles(129, 128) == 2);
-static_assert(compact_workspace(128, 128) == 0 && compact_workspace(129, 128) == 3);
+static_assert(compact_workspace(16 * 128, 128) == 0 && compact_workspace(16 * 128 + 1, 128) == 18);
+static_assert(transkimmer::nonzero_bytes(0x00018000u) == 0x00010100u &&
+              transkimmer::nonzero_bytes(0xff000002u) == 0x01000001u);
 static_assert(compact_tiles(0x7fffffff, transkimmer::kCompactTile) == 524288);
 constexpr uint64_t kState = pack_tile(TileFlag::kInclusive, 0xffffffffu);
 static_assert(transkimmer::tile_flag(kState) == TileFlag::kInclusive &&

@@ -224,6 +224,7 @@ void check_shapes(std::mt19937& random) {
       {"one token", {{1}, {1}, 1, 64, false, true, 0}},
       {"tiny", {{1, 0, 2, 1, 3, 0}, {1, 0, 2, 1, 3, 0}, 2, 32, true, true}},
       {"up to the limit", {{17, 63, 0, 64, 1, 64, 40}, {17, 63, 0, 64, 1, 64, 40}, 2, 64, false, true}},
+      {"the middle kind", {{96, 30, 0, 65, 1}, {96, 30, 0, 65, 1}, 1, 64, true, true}},
       {"the longer kind", {{17, 128, 0, 65, 1, 127, 40}, {17, 128, 0, 65, 1, 127, 40}, 1, 64, true, true}},
       {"a tile and one more", {{40, 24, 1, 30, 33}, {40, 24, 1, 30, 33}, 1, 32, true, false}},
       {"first tokens as queries", {{1, 0, 1, 1, 1}, {40, 0, 64, 1, 23}, 2, 64, false, true}},
@@ -237,6 +238,11 @@ void check_shapes(std::mt19937& random) {
   for (int b = 0; b < 90; ++b) many.queries.push_back(1 + 7 * b % 5);
   many.keys = many.queries;
   compare(many, Inputs<T>(many, random), "many short");
+
+  many.importance = false;
+  for (int b = 90; b < 900; ++b) many.queries.push_back(b % 3 == 0);  // more than 4 to a thread
+  many.keys = many.queries;
+  compare(many, Inputs<T>(many, random), "very many");
 
   const Case none{{3, 20, 2}, {3, 20, 2}, 2, 32, true, true};
   Inputs<T> in(none, random);

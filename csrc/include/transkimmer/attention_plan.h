@@ -16,7 +16,7 @@ constexpr int kTileStride = 64;
 constexpr int kTileRows = 16;  // queries that one warp takes at a time, the height of a matrix instruction
 // Longest sequences, in keys, that a kernel is compiled for. A tile of the shorter kind leaves room for more
 // blocks on a multiprocessor; nothing longer is served.
-constexpr int kShortSequences[] = {64, 128};
+constexpr int kShortSequences[] = {64, 96, 128};
 constexpr int kLongestShortSequence = 128;
 // Keys of a tile, rounded up to a multiple of 32.
 TRANSKIMMER_HOST_DEVICE constexpr int tile_keys(int longest) { return kTileStride + longest; }

@@ -20,11 +20,22 @@ TRANSKIMMER_HOST_DEVICE constexpr int64_t compact_tiles(int64_t capacity, int64_
   return capacity <= tile ? 1 : (capacity + tile - 1) / tile;
 }
 
-// 64-bit words of zeroed workspace: a ticket counter and one state per tile, or none where a single tile
-// suffices.
+// Up to so many tiles, a block counts for itself what survives before its own: 64 KiB of mask at most.
+constexpr int64_t kCompactCounted = 16;
+
+// 64-bit words of zeroed workspace: a ticket counter and one state per tile, or none where blocks count for
+// themselves.
 TRANSKIMMER_HOST_DEVICE constexpr int64_t compact_workspace(int64_t capacity, int64_t tile) {
   const int64_t tiles = compact_tiles(capacity, tile);
-  return tiles == 1 ? 0 : 1 + tiles;
+  return tiles <= kCompactCounted ? 0 : 1 + tiles;
+}
+
+// Bit 0 of every byte that is not zero. Higher bytes are shifted into bits 1 to 7 at most.
+TRANSKIMMER_HOST_DEVICE constexpr uint32_t nonzero_bytes(uint32_t bytes) {
+  bytes |= bytes >> 4;
+  bytes |= bytes >> 2;
+  bytes |= bytes >> 1;
+  return bytes & 0x01010101u;
 }
 
 // What a tile has published: nothing yet, its own count, or the count of itself and all tiles before it. Flag

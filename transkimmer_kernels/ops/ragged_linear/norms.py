@@ -30,7 +30,7 @@ def _places(p_slots, o_row, m_row):
 
 
 @triton.jit
-def _sum_of_parts(
+def sum_of_parts(
     p_partial,
     p_bias,
     p_residual,
@@ -43,10 +43,13 @@ def _sum_of_parts(
     SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """[ROWS, BLOCK] in fp32: the partial products of the rows, their residual and the bias."""
+    """[ROWS, BLOCK] in fp32: the partial products of the rows, their residual and the bias, where there are such."""
     m_x = m_row[:, None] & m_col[None, :]
-    p_r = p_residual + _places(p_residual_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
-    b_x = tl.load(p_r, mask=m_x, other=0.0).to(tl.float32)
+    if p_residual is not None:
+        p_r = p_residual + _places(p_residual_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+        b_x = tl.load(p_r, mask=m_x, other=0.0).to(tl.float32)
+    else:
+        b_x = tl.zeros(m_x.shape, tl.float32)
     if p_bias is not None:
         b_x += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     for part in tl.static_range(SPLIT):
@@ -90,7 +93,7 @@ def norm_kernel(
             b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         elif count <= most_split:
             parts = (p_partial, p_sum_bias, p_residual, p_residual_slots)
-            b_x = _sum_of_parts(*parts, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
+            b_x = sum_of_parts(*parts, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
         else:
             b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
         # The row is in registers, so the variance is taken around the mean: with BERT's eps of 1e-12 the difference of

@@ -39,7 +39,7 @@ _NO_GELU, _EXACT_GELU, _FAST_GELU = range(3)
 
 
 @triton.jit
-def _gelu(b_x):
+def fast_gelu(b_x):
     """x Phi(x), with erfc by Abramowitz & Stegun 7.1.26, whose error of 1.5e-7 is lost in 16 bits.
 
     A third of the instructions of `erf`, which in a large tile would take as long as the product itself.
@@ -125,7 +125,7 @@ def _walk_tiles(
         if GELU == 1:
             b_acc = 0.5 * b_acc * (1.0 + tl.erf(b_acc * 0.7071067811865476))
         if GELU == 2:
-            b_acc = _gelu(b_acc)
+            b_acc = fast_gelu(b_acc)
         if p_residual is not None:
             b_place = o_row
             if p_residual_slots is not None:
@@ -228,8 +228,9 @@ def product(
 ) -> tuple[Tensor, Tensor | None]:
     """[capacity, out], undefined beyond the token count, and partial products.
 
-    summed: whether `norms.normalise` follows, which can sum up partial products fp32 [split, most, out]: of at most so
-    many rows they are written instead, without bias and residual. None where the configuration does not split.
+    summed: whether a kernel follows that can sum up partial products fp32 [split, most, out] (`norms.sum_of_parts`): of
+    at most so many rows they are written instead, without bias and residual. None where the configuration does not
+    split.
     """
     size_out, size_in = weight.shape
     tiling = TUNABLE.config(x.device, x.dtype, size_out, size_in)
@@ -321,16 +322,17 @@ def _product_specialisations(
     size_in: int,
     *,
     gelu: bool = False,
+    summed: bool = False,
     without: tuple[str, ...] = (),
 ) -> Iterator[Specialisation]:
-    """In every configuration that may be chosen; `without`: the pointers that are None."""
+    """In every configuration that may be chosen; summed: as in `product`; without: the pointers that are None."""
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element) | {"p_partial": "*fp32"}
     pointers |= dict.fromkeys(("p_slots", "p_residual_slots", "p_cu_seqlens"), "*i32")
     ours = [item for item in TUNABLE.shipped(dtype, size_out, size_in).items() if item[0].strategy == "triton"]
     for number, (tiling, target) in enumerate(ours):
         measured = f" measured {number}" if number else ""
-        split = tiling.split if "p_residual" not in without and size_in % (tiling.split * tiling.few[2]) == 0 else 1
+        split = tiling.split if summed and size_in % (tiling.split * tiling.few[2]) == 0 else 1
         absent = (*without, "p_partial") if split == 1 else without
         present = {pointer: kind for pointer, kind in pointers.items() if pointer not in absent}
         yield Specialisation(
@@ -353,8 +355,10 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from _product_specialisations("gathered", dtype, 2304, 768, without=plain)
         yield from _product_specialisations("gelu", dtype, 3072, 768, gelu=True, without=(*plain, "p_slots"))
-        yield from _product_specialisations("gathered residual", dtype, 768, 768, without=("p_slots",))
-        yield from _product_specialisations("residual", dtype, 768, 3072, without=("p_slots", "p_residual_slots"))
+        yield from _product_specialisations("gathered residual", dtype, 768, 768, summed=True, without=("p_slots",))
+        listed = ("p_slots", "p_residual_slots")
+        yield from _product_specialisations("residual", dtype, 768, 3072, summed=True, without=listed)
+        yield from _product_specialisations("predictor", dtype, 768, 768, summed=True, without=("p_residual", *listed))
         yield from _product_specialisations("gelu", dtype, 1200, 312, gelu=True, without=(*plain, "p_slots", "p_bias"))
         yield from _product_specialisations("gathered gelu", dtype, 99, 33, gelu=True, without=plain)
     yield from norms.specialisations()

@@ -32,8 +32,8 @@ from ...library import implement
 from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
 from ...tuning import Tunable
-from ..ragged_linear.norms import normalise
-from ..ragged_linear.triton import product
+from ..ragged_linear.norms import normalise, sum_of_parts
+from ..ragged_linear.triton import fast_gelu, product
 
 # Triton 3.6's interpreter multiplies the bit patterns of bf16 operands; in fp32 their product is the same.
 _WIDEN = tl.constexpr(triton_support.interpreted())
@@ -62,14 +62,20 @@ def _row_statistics(p_row, m_row, eps, D: tl.constexpr, BM: tl.constexpr, BS: tl
 
 
 @triton.jit
-def _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M: tl.constexpr):
-    """The rest of the predictor [R] on whole inner rows [R, N] in fp32; parameters [N] are 0 in columns from M on."""
+def _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, b_out_bias, eps, M: tl.constexpr, EXACT: tl.constexpr):
+    """The rest of the predictor [R] on whole inner rows [R, N] in fp32; parameters [N] are 0 in columns from M on.
+
+    EXACT: GELU by erf, else by an expression whose error is lost in 16 bits.
+    """
     b_mean = tl.sum(tl.where(m_n[None, :], b_inner, 0), 1) / M
     b_centred = tl.where(m_n[None, :], b_inner - b_mean[:, None], 0)
-    b_scale = 1 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / M + eps)
+    b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / M + eps)
     b_normed = b_centred * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
-    b_gelu = b_normed * (0.5 + 0.5 * tl.erf(b_normed * 0.7071067811865476))
-    return tl.sum(b_gelu * b_out_weight[None, :], 1) + tl.load(p_out_bias).to(tl.float32)
+    if EXACT:  # noqa: SIM108 (no expression in a kernel)
+        b_gelu = b_normed * (0.5 + 0.5 * tl.erf(b_normed * 0.7071067811865476))
+    else:
+        b_gelu = fast_gelu(b_normed)
+    return tl.sum(b_gelu * b_out_weight[None, :], 1) + b_out_bias
 
 
 @triton.jit
@@ -142,18 +148,23 @@ def _product(
         b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
         b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
         b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
-        b_logit = _logit(b_inner.to(tl.float32), m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
+        b_out_bias = tl.load(p_out_bias).to(tl.float32)
+        parameters = (b_weight, b_bias, b_out_weight, b_out_bias)
+        b_logit = _logit(b_inner.to(tl.float32), m_n, *parameters, eps, M, dtype == tl.float32)
         _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
     else:
         tl.store(p_out + o_row[:, None] * M + o_n[None, :], b_inner, mask=m_row[:, None] & m_n[None, :])
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "most_split"])
 def _finish(
     p_out,
     p_inner,
+    p_partial,  # fp32 [SPLIT, most_split, M] or None: summed up instead of p_inner, of up to most_split rows
+    p_fc_bias,  # [M], added to that sum; None without p_partial
     p_cu_seqlens,
     batch,
+    most_split,
     p_norm2_weight,
     p_norm2_bias,
     p_out_weight,
@@ -162,6 +173,7 @@ def _finish(
     threshold,
     DECIDE: tl.constexpr,
     M: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -169,16 +181,24 @@ def _finish(
     count = tl.load(p_cu_seqlens + batch)
     o_n = tl.arange(0, BN)
     m_n = o_n < M
+    b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
+    b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
+    b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
+    b_out_bias = tl.load(p_out_bias).to(tl.float32)
     first = tl.program_id(0) * BM
     while first < count:
         o_row = first + tl.arange(0, BM)  # [BM]
         m_row = o_row < count
         p_tile = p_inner + o_row.to(tl.int64)[:, None] * M + o_n[None, :]
-        b_inner = tl.load(p_tile, mask=m_row[:, None] & m_n[None, :], other=0).to(tl.float32)  # [BM, BN]
-        b_weight = tl.load(p_norm2_weight + o_n, mask=m_n, other=0).to(tl.float32)
-        b_bias = tl.load(p_norm2_bias + o_n, mask=m_n, other=0).to(tl.float32)
-        b_out_weight = tl.load(p_out_weight + o_n, mask=m_n, other=0).to(tl.float32)
-        b_logit = _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, p_out_bias, eps, M)
+        m_tile = m_row[:, None] & m_n[None, :]
+        if p_partial is None:
+            b_inner = tl.load(p_tile, mask=m_tile, other=0).to(tl.float32)  # [BM, BN]
+        elif count <= most_split:
+            b_inner = sum_of_parts(p_partial, p_fc_bias, None, None, o_row, o_n, m_row, m_n, most_split, M, SPLIT)
+        else:
+            b_inner = tl.load(p_tile, mask=m_tile, other=0).to(tl.float32)
+        parameters = (b_weight, b_bias, b_out_weight, b_out_bias)
+        b_logit = _logit(b_inner, m_n, *parameters, eps, M, p_inner.dtype.element_ty == tl.float32)
         _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
         first += tl.num_programs(0) * BM
 
@@ -243,10 +263,10 @@ def _product_config(tile: _Tile, dtype: torch.dtype, width: int, inner: int, dec
 _PROGRAMS = 8  # of `_finish`, per multiprocessor
 
 
-def _finish_config(inner: int, decide: bool) -> _Config:
+def _finish_config(inner: int, decide: bool, split: int) -> _Config:
     columns = triton.next_power_of_2(inner)
     rows = max(1, 4096 // columns)
-    return _Config({"DECIDE": decide, "M": inner, "BM": rows, "BN": columns}, num_warps=8, num_stages=2)
+    return _Config({"DECIDE": decide, "M": inner, "SPLIT": split, "BM": rows, "BN": columns}, num_warps=8, num_stages=2)
 
 
 def score_tokens(
@@ -262,13 +282,13 @@ def score_tokens(
     tile = TUNABLE.config(hidden.device, hidden.dtype, width, inner)
     if capacity == 0:
         return out.view(torch.bool) if decide else out
-    processors = multiprocessors(hidden.device)
+    processors, partial = multiprocessors(hidden.device), None
     with torch.cuda.device_of(hidden):
         if tile.form == "steps":
             normed, fused = hidden.new_empty(capacity, width), False
             norm = (weights[0], weights[1], eps, cu_seqlens)
             normalise(hidden, *norm, normed, capacity=capacity, source_slots=slots)
-            inner_rows, _ = product(normed, weights[2], weights[3], cu_seqlens, None)
+            inner_rows, partial = product(normed, weights[2], weights[3], cu_seqlens, None, summed=True)
         else:
             config = _product_config(tile, hidden.dtype, width, inner, decide)
             block_columns = config.constants["BN"]
@@ -279,10 +299,12 @@ def score_tokens(
             arguments = (inner_rows, hidden, slots, cu_seqlens, batch, *weights, *scalars)
             _product[grid](*arguments, **config.constants, **options)
         if not fused:
-            config = _finish_config(inner, decide)
+            split, most_split = (1, 0) if partial is None else partial.shape[:2]
+            config = _finish_config(inner, decide, split)
             programs = min(triton.cdiv(capacity, config.constants["BM"]), _PROGRAMS * processors)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            arguments = (out, inner_rows, cu_seqlens, batch, *weights[4:], *scalars)
+            summed = (None, None) if partial is None else (partial, weights[3])
+            arguments = (out, inner_rows, *summed, cu_seqlens, batch, most_split, *weights[4:], *scalars)
             _finish[(programs,)](*arguments, **config.constants, **options)
     return out.view(torch.bool) if decide else out
 
@@ -317,11 +339,17 @@ def specialisations() -> Iterator[Specialisation]:
                 config = _product_config(tile, dtype, width, inner, decide)
                 yield replace(_specialisation(name, _product, kind, config, dtype != torch.float32), target=tiles[tile])
             if any(tile.form == "steps" or tile.columns < inner for tile in tiles):
-                yield _specialisation(f"finish {inner} {kind}", _finish, kind, _finish_config(inner, decide), False)
+                for split in (1, 2):
+                    config = _finish_config(inner, decide, split)
+                    absent = {"p_partial": None, "p_fc_bias": None} if split == 1 else {}
+                    config = config._replace(constants=config.constants | absent)
+                    name = f"finish {inner} {kind}" + (f" sum of {split}" if split > 1 else "")
+                    yield _specialisation(name, _finish, kind, config, False)
 
 
 def _specialisation(name: str, kernel: Any, kind: str, config: _Config, matmul: bool) -> Specialisation:
     types = {"p_slots": "*i32", "p_cu_seqlens": "*i32", "batch": "i32", "eps": "fp32", "threshold": "fp32"}
+    types |= {"p_partial": "*fp32", "most_split": "i32"}
     if config.constants["DECIDE"]:
         types["p_out"] = "*u8"
     elif kernel is _finish or config.constants["BN"] >= config.constants["M"]:
