@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pruned-training", action="store_true", default=None, help="remove skimmed tokens in training, too; faster"
     )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, skimming training by CUDA graphs, unless it is pruned or distributed; default: yes",
+    )
     parser.add_argument("--save-steps", type=int, help="steps between checkpoints; default: five checkpoints a stage")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     for name, (kind, text, default) in OPTIONS.items():
@@ -98,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_folder("--dense", str(arguments.dense), needed, "a folder with a dense fine-tune")
     if arguments.dense is None or not recipe.warm_start:
         check_pretrained("--backbone", arguments.backbone, needed)
-    job = Run(task, recipe, arguments.backbone, arguments.output, arguments.data, arguments.dense, arguments.save_steps)
+    places = (arguments.backbone, arguments.output, arguments.data, arguments.dense)
+    job = Run(task, recipe, *places, arguments.save_steps, arguments.cuda_graphs)
     prepare_output(job, arguments.resume)
     document = job.carry_out()
     if PartialState().is_main_process:

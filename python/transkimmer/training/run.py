@@ -40,7 +40,10 @@ SPLIT_SEED = 0  # the same rows are held out whatever the run's seed
 
 @dataclass
 class Run:
-    """One run of a recipe on a task; `carry_out` does it, or what is left of it."""
+    """One run of a recipe on a task; `carry_out` does it, or what is left of it.
+
+    cuda_graphs: whether skimming training is graphed, on a GPU (`Skimming.graphed_training`).
+    """
 
     task: Task
     recipe: Recipe
@@ -49,6 +52,7 @@ class Run:
     data: Path | None = None
     dense: Path | None = None
     save_steps: int | None = None
+    cuda_graphs: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -126,9 +130,11 @@ class Run:
         set_seed(self.recipe.seed)
         shape = EncoderShape.of(dense.config, self.recipe.predictor_width or dense.config.hidden_size)
         model = add_skimming(dense, self.recipe.skim_config(shape))
+        skimming_of(model).graphed_training = self.cuda_graphs and torch.cuda.is_available()
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=True, save_steps=self.save_steps)
         self.seconds["skimming"] = time.perf_counter() - start
+        skimming_of(model).graphed_training = False  # gives their memory back
         save_whole(model, tokenizer, folder / MODEL)
         drop_checkpoints(folder)
         return model

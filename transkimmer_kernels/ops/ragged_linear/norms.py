@@ -1,6 +1,6 @@
 """LayerNorm over the rows that count, whose number is read on the device: behind a product, and before the predictor.
 
-A program takes ROWS rows at a time, two warps each, and walks on: the host knows only the capacity, and a program for
+A program is one warp that takes ROWS rows at a time, and walks on: the host knows only the capacity, and a program for
 every row there is room for would take longer to launch than the rows that are left take to compute. What is normalised
 is a row of `p_total`; or, of few rows, the sum of the partial products of `product_kernel` with bias and residual.
 Reads and writes [count, SIZE] once, mostly in the L2 cache, by slots on either side.
@@ -20,8 +20,8 @@ from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
 
 _ROWS = 2
-_PROGRAMS = 8  # per multiprocessor
-_REGISTERS = 96  # left to itself, the assembler stops at 64 for the sake of occupancy, and spills
+_PROGRAMS = 16  # per multiprocessor
+_REGISTERS = 200  # left to itself, the assembler stops earlier for the sake of occupancy, and spills
 
 
 @triton.jit
@@ -123,11 +123,13 @@ class Sums(NamedTuple):
 _NO_SUMS = Sums(None, None, None, None)
 
 
-def _shape(size: int) -> dict[str, int]:
-    """Up to 1024 columns one warp holds a row and sums it up without shared memory."""
+def _shape(size: int, split: int) -> dict[str, int]:
+    """Up to 1024 columns one warp holds its rows and sums them up without shared memory."""
     block = triton.next_power_of_2(size)
     rows = max(1, _ROWS * 1024 // max(block, 1024))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(4, block // 1024), 16)}
+    if split > 1 and size == block:  # two such rows and their parts do not fit into a warp's registers
+        rows = 1
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(1, block // 1024), 16)}
 
 
 def normalise(
@@ -144,9 +146,9 @@ def normalise(
     sums: Sums = _NO_SUMS,
 ) -> None:
     """Writes `out`; of up to sums.partial.size(1) rows, `sums` replaces `total`."""
-    shape = _shape(total.size(1))
     partial, bias_added, residual, residual_slots = sums if sums.partial is not None else _NO_SUMS
     split, most_split = (1, 0) if partial is None else partial.shape[:2]
+    shape = _shape(total.size(1), split)
     programs = min(triton.cdiv(capacity, shape["ROWS"]), _PROGRAMS * multiprocessors(total.device))
     with torch.cuda.device_of(total):
         norm_kernel[(programs,)](
@@ -194,7 +196,7 @@ def specialisations() -> Iterator[Specialisation]:
             absent = dict.fromkeys(key for key in kinds if key not in present)
             signature = {key: kinds[key] for key in present} | {"p_cu_seqlens": "*i32"}
             for size in sizes:
-                shape = _shape(size)
+                shape = _shape(size, split)
                 yield Specialisation(
                     name=f"norm {size}{name} {str(dtype).removeprefix('torch.')}",
                     kernel=norm_kernel,

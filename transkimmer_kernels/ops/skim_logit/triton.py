@@ -260,13 +260,14 @@ def _product_config(tile: _Tile, dtype: torch.dtype, width: int, inner: int, dec
     return _Config(constants, tile.num_warps, tile.num_stages)
 
 
-_PROGRAMS = 8  # of `_finish`, per multiprocessor
+_PROGRAMS = 16  # of `_finish`, per multiprocessor: each is a warp, which sums up a row without shared memory
 
 
 def _finish_config(inner: int, decide: bool, split: int) -> _Config:
     columns = triton.next_power_of_2(inner)
-    rows = max(1, 4096 // columns)
-    return _Config({"DECIDE": decide, "M": inner, "SPLIT": split, "BM": rows, "BN": columns}, num_warps=8, num_stages=2)
+    rows, warps = max(1, 1024 // columns), min(max(1, columns // 1024), 8)
+    constants = {"DECIDE": decide, "M": inner, "SPLIT": split, "BM": rows, "BN": columns}
+    return _Config(constants, num_warps=warps, num_stages=2)
 
 
 def score_tokens(
