@@ -34,6 +34,15 @@ def test_lessons_are_in_the_order_of_the_examples_and_free_of_padding(side: str)
             torch.testing.assert_close(row, model(**alone).logits[0])
 
 
+def test_a_teacher_that_moves_can_be_trained_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A move to a GPU makes new tensors, which would be good for nothing else if they were made in inference mode."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module._apply(torch.clone))
+    model, tokenizer = tiny("bert", "sequence").eval(), word_tokenizer()
+    lessons_of(model, TokenizedExamples([Example("dog runs", 0)], tokenizer), tokenizer)
+    assert not any(x.is_inference() for x in (*model.parameters(), *model.buffers()))
+    model(**padded_inputs(), labels=LABELS).loss.backward()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_first_state_is_held_to_the_teachers(tmp_path: Path, architecture: str) -> None:
     """A student that skims nothing is its own teacher; half a unit apart in every place costs a quarter."""

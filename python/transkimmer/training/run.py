@@ -211,7 +211,7 @@ def hold_out(rows: Sequence[Any], recipe: Recipe) -> tuple[list[Any], list[Any]]
     return shuffled[count:], shuffled[:count]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: parameters that are moved there could not be trained any more
 def lessons_of(
     model: PreTrainedModel, examples: Features, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tensor], list[Tensor]]:
