@@ -27,6 +27,7 @@ MODES = ("auto", "off")
 # What a graph has buffers for, and the dtypes of these; embeddings come in their own.
 _DTYPES = {"attention_mask": torch.bool, **dict.fromkeys(("input_ids", "token_type_ids", "position_ids"), torch.int64)}
 INPUTS = (*_DTYPES, "inputs_embeds")
+_MAX_CORNERS = 256
 # Arguments that change nothing where they have these values.
 _DEFAULTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
@@ -80,8 +81,10 @@ class GraphedForward:
         return replica
 
     def _device(self) -> torch.device:
-        weight: Tensor = self._encoder.skim_predictors[0].fc.weight  # type: ignore[union-attr, assignment]
-        return weight.device
+        # By the dictionaries: attributes of modules are looked up in Python.
+        predictor = self._encoder._modules["skim_predictors"]._modules["0"]  # type: ignore[union-attr]
+        weight = predictor._modules["fc"]._parameters["weight"]  # type: ignore[union-attr]
+        return weight.device  # type: ignore[union-attr]
 
     def _positions(self) -> int:
         """Tokens that a sequence may have, looked up once per set of weights."""
@@ -160,8 +163,6 @@ class GraphedForward:
             return "the forward is being traced"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "the caller is capturing a graph of its own"
-        if getattr(self._model.config, "return_dict", True) is False:
-            return "config.return_dict is off"
         return None
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | str:
@@ -216,7 +217,7 @@ class GraphedForward:
             return None
 
     def _why_not_these_modules(self) -> str | None:
-        """Drops the graphs when a parameter is another; then, why a replay would not be what the modules do."""
+        """Drops the graphs when a parameter is another; then, why a replay would not be what the model does."""
         if self._watch is None or self._watch.changed() or self._weights_are_gone():
             self.release()
             self._watch = Watch(self._model)
@@ -226,6 +227,8 @@ class GraphedForward:
             return "a part of the model is in training mode"
         if any(self._hooks):
             return "a part of the model has hooks, which a replay would not call"
+        if getattr(self._model.config, "return_dict", True) is False:
+            return "config.return_dict is off"
         return None
 
     def _weights_are_gone(self) -> bool:
@@ -305,11 +308,20 @@ class _StaticForward:
         # Which axes of an output are as long as the sequence is: told by a forward that is one token shorter.
         shorter = (*self.shape[:-1], max(size[1] - 1, 1))
         self._shorter = {name: x.shape for name, x in self._forward(shorter).items()}
+        self._corners: dict[tuple[int, ...], Tensors] = {}
 
     def _cut(self, shape: tuple[int, ...]) -> Tensors:
         """The corner of each buffer that holds an input of this shape."""
         last = len(shape) - 1
         return {name: x.narrow(0, 0, shape[0]).narrow(last, 0, shape[-1]) for name, x in self.inputs.items()}
+
+    def _corner(self, shape: tuple[int, ...]) -> Tensors:
+        """`_cut`, made once for each of the shapes that come again."""
+        if (corner := self._corners.get(shape)) is None:
+            if len(self._corners) >= _MAX_CORNERS:
+                self._corners.clear()
+            corner = self._corners[shape] = self._cut(shape)
+        return corner
 
     def _forward(self, shape: tuple[int, ...]) -> ModelOutput:
         output = type(self._model).forward(self._model, **self._cut(shape))
@@ -325,7 +337,7 @@ class _StaticForward:
         """Ids and embeddings beyond the request stay what they were: the mask takes them out."""
         if request.shape != self.shape:
             self.inputs["attention_mask"].zero_()
-        for name, buffer in self._cut(request.shape).items():
+        for name, buffer in self._corner(request.shape).items():
             if name in request.inputs:
                 buffer.copy_(request.inputs[name])
             elif name == "attention_mask":
