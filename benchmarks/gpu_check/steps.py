@@ -88,6 +88,7 @@ WHOLE_MODELS = {
     "sync": "an inference forward never waits for the device",
     "graphs": "a captured forward follows lengths and masks, and equals the eager one",
     "replay": "1000 replays of a model's own graph equal eager; one launch, no waiting",
+    "training_graphs": "graphed training steps have the gradients of eager ones",
 }
 # Module under benchmarks/kernels/ -> seconds it may take.
 BENCHMARKS = {"compact": 30, "skim_logit": 60, "linear": 80, "attention": 90}
