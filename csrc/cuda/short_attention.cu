@@ -8,7 +8,7 @@
 // thousand tokens of a batch by latency. So the kernel is built to have few dependent steps, and many blocks.
 //
 // Layout: a block takes a head and the sequences that start in a window of 64 keys (attention_plan.h), fewer
-// than 64 + 64 or, where sequences may have up to 128 keys, 64 + 128 in all, and keeps their k and v in
+// than 64 + n in all where sequences may have up to n = 64, 96 or 128 keys, and keeps their k and v in
 // shared memory, in rows padded by 16 bytes, which makes ldmatrix free of conflicts. A warp takes 16 query
 // rows, whichever sequences they are of, and the keys of those sequences, as a rule 16 to 48. So sequences of
 // any length fill the rows of the matrix instructions, and products that lie entirely outside the block

@@ -21,8 +21,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors, round_up
+from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors
 
+from .architectures import get
 from .training_forward import (
     LayerDecisions,
     PackedSequences,
@@ -33,7 +34,8 @@ from .training_forward import (
 )
 from .weights import Watch
 
-_MAX_GRAPHS = 16
+_MAX_GRAPHS = 64
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STEP = 32  # tokens; sizes that differ by less are one
 
 
@@ -49,14 +51,21 @@ class _Size(NamedTuple):
 def graph_size(count: int, batch: int, longest: int) -> _Size:
     """The size of the graph for `count` tokens: less than a sixteenth of it is left over, or less than `_STEP`."""
     step = max(_STEP, 1 << max(count.bit_length() - 5, 0))
-    longest = round_up(longest)
+    longest = _coarsely(longest)
     return _Size(-(-count // step) * step, batch, longest, -(-(step - 1) // longest))
 
 
-class GraphedTraining:
-    """The graphs of one encoder. A step goes forwards and backwards before the next one begins, or runs eagerly.
+def _coarsely(longest: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: it bounds launches, and what lies beyond a sequence costs nothing."""
+    power = max(1 << (longest - 1).bit_length(), 32)
+    return 3 * power // 4 if longest <= 3 * power // 4 and power > 32 else power
 
-    Graphs share their memory: activations of the largest, one set of gradients, and each one's input and output.
+
+class GraphedTraining:
+    """The graphs of one encoder, for one thread. A step goes backwards before the next one begins, or runs eagerly.
+
+    Graphs share their memory: activations of the largest, one set of gradients, and each one's input and output. What
+    Python decides in a layer, but for the rates of dropout, stays what it was when its size was captured.
     """
 
     def __init__(self) -> None:
@@ -92,6 +101,7 @@ class GraphedTraining:
         self._refused: dict[Hashable, str] = {}
         self._watch: Watch | None = None
         self._parameters: list[nn.Parameter] = []
+        self._dropouts: list[nn.Dropout] = []
         self._gradients: list[Tensor] = []
         self._flight: weakref.ref[_Flight] | None = None
 
@@ -117,7 +127,8 @@ class GraphedTraining:
             self.why_eager = self._refused[key]
             return None
         self._steps.move_to_end(key)
-        flight = _Flight(self._steps[key], self._engine, self._parameters, self._gradients)
+        assert self._watch is not None
+        flight = _Flight(self._steps[key], self._engine, self._gradients, self._watch)
         self._flight = weakref.ref(flight)
         scalars = (encoder.temperature, encoder.noise)
         out, skim_loss, keep, logit = _Replay.apply(flight, scalars, hidden, cu_seqlens, *self._parameters)
@@ -149,14 +160,21 @@ class GraphedTraining:
         return self._why_not_these(module)
 
     def _why_not_these(self, module: nn.Module) -> str | None:
+        if getattr(module, "_is_replica", False):
+            return "nn.DataParallel makes new parameters for every step"
         if self._watch is None or self._watch.moved():
             self.clear()
             self._watch, self._parameters = Watch(module), list(module.parameters())
+            self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]
         modules = [m for _, m in self._watch.modules]
         if not all(map(operator.attrgetter("training"), modules)):
             return "a part of the encoder is in eval mode"
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules[1:]):
+        if any(hooks for m in modules[1:] for hooks in map(vars(m).get, _HOOKS)):
             return "a part of the encoder has hooks, which a replay would not call"
+        if any(p._backward_hooks for p in self._parameters):
+            return "a parameter of the encoder has hooks, which a replay would not call"
+        if not any(p.requires_grad for p in self._parameters):
+            return "nothing in the encoder is trained"
         if any(getattr(m, "gradient_checkpointing", False) for m in modules):
             return "gradient checkpointing is on"
         return None
@@ -165,7 +183,8 @@ class GraphedTraining:
         """All that a graph depends on, values aside."""
         trained = tuple(map(operator.attrgetter("requires_grad"), self._parameters))
         how = (encoder.predictors is None, encoder.config.skim_attention, encoder.kernels.choice)
-        return size, hidden.dtype, hidden.requires_grad, _autocast(hidden.device.type), how, trained
+        rates = tuple(module.p for module in self._dropouts)
+        return size, hidden.dtype, hidden.requires_grad, _autocast(hidden.device.type), how, trained, rates
 
     def _capture(
         self, key: Hashable, size: _Size, encoder: TrainingEncoder, hidden: Tensor, cu_seqlens: Tensor
@@ -173,14 +192,16 @@ class GraphedTraining:
         device = hidden.device
         if self._engine is None:
             self._engine = ENGINES[device.type](device)
-            self._gradients = [torch.empty_like(p) if p.requires_grad else p.new_empty(0) for p in self._parameters]
+            self._gradients = [p.new_empty(0) for p in self._parameters]
+        for i, p in enumerate(self._parameters):
+            if p.requires_grad and self._gradients[i].numel() != p.numel():
+                self._gradients[i] = torch.empty_like(p)
         while len(self._steps) >= _MAX_GRAPHS:
             self._engine.wait()
             self._steps.popitem(last=False)
         with self._engine.exclusive(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             step = _Step(size, encoder, hidden, self._parameters)
             step.load(hidden.detach(), cu_seqlens, (encoder.temperature, encoder.noise))
-            _keep_gradients(self._parameters, self._gradients)
             step.capture(self._engine, self._gradients)
         self._steps[key] = step
 
@@ -196,7 +217,9 @@ class _Step:
         self.cu_seqlens = torch.zeros(size.batch + size.spare + 1, dtype=torch.int32, device=hidden.device)
         temperature, noise = hidden.new_zeros(2, dtype=torch.float32).unbind()
         self._scalars = (temperature, noise)
-        self._encoder = dataclasses.replace(encoder, temperature=temperature, noise=noise, recompute=True)
+        self._encoder = dataclasses.replace(
+            encoder, temperature=temperature, noise=noise, recompute=_draws_nothing(encoder)
+        )
         self._autocast = _autocast(hidden.device.type)
         self._parameters = parameters
         self._tail = torch.arange(1, size.spare + 1, dtype=torch.int32, device=hidden.device) * size.longest
@@ -257,11 +280,20 @@ class _Step:
 class _Flight:
     """One use of a step, between its way there and its way back."""
 
-    def __init__(
-        self, step: _Step, engine: Engine, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
-    ) -> None:
-        self.step, self.engine, self.parameters, self.gradients = step, engine, parameters, gradients
+    def __init__(self, step: _Step, engine: Engine, gradients: Sequence[Tensor], watch: Watch) -> None:
+        self.step, self.engine, self.gradients, self._watch = step, engine, gradients, watch
+        self._versions = watch.versions()
         self.landed = False
+
+    def check(self) -> None:
+        """RuntimeError where the way back would not belong to the way there."""
+        if self.landed:
+            raise RuntimeError(
+                "a step of graphed training goes backwards once, its activations are overwritten then: set "
+                "model.skimming.graphed_training = False"
+            )
+        if self._watch.versions() != self._versions:
+            raise RuntimeError("a parameter of the encoder was changed in place between a forward and its backward")
 
 
 class _Replay(torch.autograd.Function):
@@ -295,10 +327,8 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_skim_loss: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         flight, count = ctx.flight, ctx.count
         step = flight.step
-        if flight.landed:
-            raise RuntimeError("a step of graphed training goes backwards once: its activations are overwritten")
+        flight.check()
         with flight.engine.exclusive():
-            _keep_gradients(flight.parameters, flight.gradients)
             for name, grad in (("hidden", grad_out), ("skim_loss", grad_skim_loss)):
                 if (buffer := step.grads.get(name)) is not None:
                     part = buffer[:count] if name == "hidden" else buffer
@@ -306,18 +336,29 @@ class _Replay(torch.autograd.Function):
             if "hidden" in step.grads:
                 step.grads["hidden"][count:].zero_()
             step.backward.replay()
-        flight.landed = True
-        grad_hidden = step.backward.outputs.get("hidden")
-        reached = set(step.reached)
-        gradients = (g.detach() if i in reached else None for i, g in enumerate(flight.gradients))
-        return None, None, None if grad_hidden is None else grad_hidden[:count].clone(), None, *gradients
+            flight.landed = True
+            grad_hidden = step.backward.outputs.get("hidden")
+            grad_hidden = None if grad_hidden is None else grad_hidden[:count].clone()
+            # Copies: the buffers are written again by the next step, and `.grad` may be kept or added to.
+            gradients: list[Tensor | None] = [None] * len(flight.gradients)
+            for i, copy in zip(
+                step.reached, torch._foreach_mul([flight.gradients[i] for i in step.reached], 1), strict=True
+            ):
+                gradients[i] = copy
+        return None, None, grad_hidden, None, *gradients
 
 
-def _keep_gradients(parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
-    """Before the buffers are written: a parameter's `.grad` may be one of them, and be added to by the next steps."""
-    for p, buffer in zip(parameters, buffers, strict=True):
-        if p.grad is not None and p.grad.data_ptr() == buffer.data_ptr():
-            p.grad = p.grad.clone()
+def _draws_nothing(encoder: TrainingEncoder) -> bool:
+    """Whether feed-forward networks compute the same twice: adapters in them may have dropout of their own."""
+    a = encoder.architecture
+    for layer in encoder.layers:
+        if any(type(get(layer, path)) is not nn.Linear for path in (a.ffn_in, a.ffn_out)):
+            return False
+        activation = get(layer, a.activation)
+        parts = activation.modules() if isinstance(activation, nn.Module) else ()
+        if any(isinstance(part, (nn.Dropout, nn.RReLU)) for part in parts):
+            return False
+    return True
 
 
 def _autocast(device: str) -> torch.dtype | None:

@@ -81,10 +81,12 @@ class GraphedForward:
         return replica
 
     def _device(self) -> torch.device:
-        # By the dictionaries: attributes of modules are looked up in Python.
-        predictor = self._encoder._modules["skim_predictors"]._modules["0"]  # type: ignore[union-attr]
-        weight = predictor._modules["fc"]._parameters["weight"]  # type: ignore[union-attr]
-        return weight.device  # type: ignore[union-attr]
+        predictors: Any = self._encoder._modules["skim_predictors"]
+        try:  # by the dictionaries: attributes of modules are looked up in Python
+            weight: Any = predictors._modules["0"]._modules["fc"]._parameters["weight"]
+        except KeyError:  # pruned, parametrised
+            weight = predictors[0].fc.weight
+        return weight.device
 
     def _positions(self) -> int:
         """Tokens that a sequence may have, looked up once per set of weights."""

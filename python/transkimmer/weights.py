@@ -83,7 +83,7 @@ class Watch:
         self._parameters = list(module.parameters())
         # An inference tensor has no version counter, and no way to be changed outside of inference mode.
         self._counting = [p for p in self._parameters if not p.is_inference()]
-        self._places, self._versions = self._read_places(), self._read_versions()
+        self._places, self._versions = self._read_places(), self.versions()
 
     def _listed(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(map(dict.values, self._tables))
@@ -91,7 +91,8 @@ class Watch:
     def _read_places(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))
 
-    def _read_versions(self) -> list[int]:
+    def versions(self) -> list[int]:
+        """How often each parameter was changed in place, as far as it was counted."""
         return list(map(operator.attrgetter("_version"), self._counting))
 
     def moved(self) -> bool:
@@ -100,7 +101,7 @@ class Watch:
         return not same or self._read_places() != self._places
 
     def changed(self) -> bool:
-        return self.moved() or self._read_versions() != self._versions
+        return self.moved() or self.versions() != self._versions
 
 
 def _prepare(

@@ -168,6 +168,15 @@ def test_gradients_add_up_over_steps(set_to_none: bool) -> None:
     assert_close(work(model), eagerly(model, work))
 
 
+def test_gradients_that_are_kept_stay_what_they_are() -> None:
+    model = graphed()
+    parameters = [p for p in model.parameters() if p.dim() == 2]
+    kept = torch.autograd.grad(loss_of(model, BATCHES[0]), parameters, allow_unused=True)
+    copies = [None if g is None else g.clone() for g in kept]
+    loss_of(model, BATCHES[1]).backward()
+    assert all(a is None or torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
 def test_a_step_within_another_runs_eagerly() -> None:
     def work(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str | None]]:
         model.zero_grad(set_to_none=True)
@@ -207,6 +216,64 @@ def test_frozen_parameters_and_embeddings() -> None:
     model.bert.encoder.layer[0].requires_grad_(False)
     assert_step(model, BATCHES[0])
     assert len(model.skimming.training_graphs) == 2
+    model.requires_grad_(True)
+    assert_step(model, BATCHES[0])
+    model.bert.encoder.layer[1].requires_grad_(False)
+    assert_step(model, BATCHES[0])
+    model.bert.encoder.requires_grad_(False)
+    assert_step(model, BATCHES[0], why_eager="nothing in the encoder is trained")
+
+
+def test_what_is_frozen_first_and_trained_later() -> None:
+    model = graphed()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    assert_step(model, BATCHES[0])
+    model.requires_grad_(True)
+    assert_step(model, BATCHES[0])
+
+
+def test_dropout_follows_its_rate() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    for module in model.bert.encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    loss, _, _ = step(model, BATCHES[0])
+    assert model.skimming.training_graphs.why_eager is None and len(model.skimming.training_graphs) == 2
+    without = eagerly(model, lambda twin: step(no_dropout(twin), BATCHES[0])[0])
+    assert abs(loss - without) > 1e-3
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer beside which something small, with dropout of its own, is trained."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.dropout = base, torch.nn.Dropout(0.5)
+        self.down = torch.nn.Linear(base.in_features, 4)
+        self.up = torch.nn.Linear(4, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(self.dropout(x)))
+
+
+def test_what_draws_is_not_computed_anew() -> None:
+    """Another draw on the way back would lead to other gradients. The batch fills its graph: draws are as without."""
+    model = graphed()
+    torch.manual_seed(3)
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.dense = Adapted(layer.intermediate.dense)
+    model.train()
+    assert_step(model, BATCHES[0])
+
+
+def test_a_change_between_the_two_ways_is_refused() -> None:
+    model = graphed()
+    loss = loss_of(model, BATCHES[0])
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
 
 
 def test_parameters_that_lie_elsewhere() -> None:
@@ -257,6 +324,18 @@ def _hooked(model: PreTrainedModel) -> None:
     model.bert.encoder.layer[0].register_forward_hook(lambda *args: None)
 
 
+def _hooked_backwards(model: PreTrainedModel) -> None:
+    model.bert.encoder.layer[1].output.dense.register_full_backward_pre_hook(lambda *args: None)
+
+
+def _hooked_parameter(model: PreTrainedModel) -> None:
+    model.bert.encoder.layer[1].output.dense.weight.register_hook(lambda gradient: 0.5 * gradient)
+
+
+def _replica(model: PreTrainedModel) -> None:
+    model.bert.encoder._is_replica = True
+
+
 def _pruned(model: PreTrainedModel) -> None:
     model.skimming.config.pruned_training = True
 
@@ -270,6 +349,9 @@ def _partly_in_eval_mode(model: PreTrainedModel) -> None:
     [
         (_checkpointed, "gradient checkpointing is on"),
         (_hooked, "a part of the encoder has hooks, which a replay would not call"),
+        (_hooked_backwards, "a part of the encoder has hooks, which a replay would not call"),
+        (_hooked_parameter, "a parameter of the encoder has hooks, which a replay would not call"),
+        (_replica, "nn.DataParallel makes new parameters for every step"),
         (_pruned, "pruned training asks the device how many tokens are left"),
         (_partly_in_eval_mode, "a part of the encoder is in eval mode"),
     ],
@@ -277,7 +359,8 @@ def _partly_in_eval_mode(model: PreTrainedModel) -> None:
 def test_what_runs_eagerly_and_says_why(change: Callable[[PreTrainedModel], None], reason: str) -> None:
     model = graphed()
     change(model)
-    assert_step(model, BATCHES[0], why_eager=reason)
+    step(model, BATCHES[0])
+    assert model.skimming.training_graphs.why_eager == reason
 
 
 def test_forwards_that_need_no_gradient_run_eagerly() -> None:
@@ -331,3 +414,12 @@ def test_room_for_what_is_left_over(count: int, longest: int) -> None:
     assert 0 <= size.capacity - count < max(count / 16, 32)
     assert size.spare * size.longest >= size.capacity - count and size.longest >= longest
     assert GraphedTraining().bytes_held == 0
+
+
+def test_sizes_of_a_data_set_fit() -> None:
+    """Batches of lengths that are spread widely recur in fewer sizes than are kept."""
+    torch.manual_seed(0)
+    for mean, deviation, batch, limit in ((26, 11, 32, 512), (40, 17, 32, 512), (80, 30, 32, 128)):
+        lengths = torch.randn(400, batch).mul(deviation).add(mean).clamp(3, limit).long()
+        sizes = {graph_size(int(row.sum()), batch, int(row.max())) for row in lengths}
+        assert len(sizes) <= 40

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -356,6 +357,13 @@ def test_threads_and_models(tapes: None) -> None:
 
 
 @torch.no_grad()
+def test_a_predictor_whose_weight_is_computed() -> None:
+    model = skimming()
+    torch.nn.utils.prune.l1_unstructured(model.skimming.predictors[0].fc, "weight", 0.3)
+    with torch.no_grad():
+        assert model(**padded_inputs()).logits.isfinite().all()
+
+
 def test_nothing_happens_on_a_cpu() -> None:
     model, inputs = skimming(), padded_inputs()
     assert model.skimming.cuda_graphs == "auto"
