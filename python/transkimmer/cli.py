@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{parsed.command} {part}: options must stand behind {part!r}, not before it")
     try:
         return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print(f"transkimmer {parsed.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, BackendUnavailable) as error:
         print(f"transkimmer {parsed.command}: {as_option(str(error), parsed)}", file=sys.stderr)
         return 2

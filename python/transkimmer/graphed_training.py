@@ -12,7 +12,7 @@ import dataclasses
 import operator
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,17 +66,22 @@ class GraphedTraining:
 
     Graphs share their memory: activations of the largest, one set of gradients, and each one's input and output. What
     Python decides in a layer, but for the rates of dropout, stays what it was when its size was captured.
+
+    Attributes:
+        uses_before: how often a size runs eagerly before it is captured, which takes as long as ten steps or so.
+        why_eager: why the last forward was not a replay, None if it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, uses_before: int = 0) -> None:
+        self.uses_before = uses_before
         self.why_eager: str | None = "nothing ran yet"
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedTraining:
-        return GraphedTraining()  # a graph is of the parameters that it was recorded with
+        return GraphedTraining(self.uses_before)  # a graph is of the parameters that it was recorded with
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GraphedTraining, ()
+        return GraphedTraining, (self.uses_before,)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -99,6 +104,7 @@ class GraphedTraining:
         self._engine: Any = None
         self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
         self._refused: dict[Hashable, str] = {}
+        self._uses: Counter[Hashable] = Counter()
         self._watch: Watch | None = None
         self._parameters: list[nn.Parameter] = []
         self._dropouts: list[nn.Dropout] = []
@@ -118,6 +124,12 @@ class GraphedTraining:
         size = graph_size(hidden.size(0), cu_seqlens.numel() - 1, longest)
         key = self._key(size, encoder, hidden)
         if key not in self._steps and key not in self._refused:
+            self._uses[key] += 1
+            if self._uses[key] <= self.uses_before:
+                self.why_eager = (
+                    f"its size has been used {self._uses[key]} times, of {self.uses_before} before a capture"
+                )
+                return None
             try:
                 self._capture(key, size, encoder, hidden, cu_seqlens)
             except Exception as error:

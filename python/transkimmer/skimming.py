@@ -128,7 +128,9 @@ class Skimming:
 
     @graphed_training.setter
     def graphed_training(self, value: bool) -> None:
-        if bool(value) != self.graphed_training:
+        if not isinstance(value, bool):
+            raise ValueError(f"graphed_training={value!r}: must be True or False")
+        if value != self.graphed_training:
             self._encoder.skim_graphs = GraphedTraining() if value else None
 
     @property

@@ -392,6 +392,20 @@ def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(model.skimming.training_graphs) <= 2
 
 
+def test_sizes_that_are_seldom_used_are_not_captured() -> None:
+    model = graphed()
+    model.skimming.training_graphs.uses_before = 2
+    for used in (1, 2):
+        assert_step(model, BATCHES[0], why_eager=f"its size has been used {used} times, of 2 before a capture")
+    assert_step(model, BATCHES[0])
+    assert copy.deepcopy(model).skimming.training_graphs.uses_before == 2
+
+
+def test_it_is_on_or_off() -> None:
+    with pytest.raises(ValueError, match=r"graphed_training='off': must be True or False"):
+        graphed().skimming.graphed_training = "off"
+
+
 def test_copies_start_without_graphs() -> None:
     model = graphed()
     assert_step(model, BATCHES[0])

@@ -29,6 +29,14 @@ def refusal(given: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transkimmer.bench.command.run", run)
+    assert main(["bench"]) == 130 and capsys.readouterr().err == "transkimmer bench: interrupted\n"
+
+
 # Names of models
 
 

@@ -27,6 +27,7 @@ from ..models.words import word_tokenizer
 
 QUICK = ["--batch-size", "8", "--epochs", "3", "--dense-epochs", "2", "--save-steps", "4"]
 QUICK += ["--flops-speedup", "1", "--bias-init", "1"]
+QUICK += ["--max-length", "8"]  # which cuts some texts, and is what `evaluate` cuts them to then
 
 
 @pytest.fixture(scope="module")

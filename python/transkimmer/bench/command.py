@@ -84,8 +84,11 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
     model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
     sentences = read_table(sample_path(), TEXT_TASKS["sst2"])
     batches = workload.demo_batches(tokenizer, arguments.batch_size or 32, arguments.batches)
-    rows = compare(model, batches, arguments.repeats)
     count = sum(batch.lengths.numel() for batch in batches)
+    console.print(
+        f"{count} sentences, read {arguments.repeats + 1} times by each of four; on two idle cores in minutes"
+    )
+    rows = compare(model, batches, arguments.repeats)
     title = (
         f"MiniLM (6 layers) with skimming on {count} SST-2 dev sentences, learned decisions; "
         f"{arguments.dtype}, batch {arguments.batch_size or 32}, {_machine(arguments.kernels, arguments.dtype)}"

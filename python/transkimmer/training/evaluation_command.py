@@ -35,6 +35,7 @@ from .judges import Judge
 from .kinds import Kind, QuestionKind, TextKind, kind_of
 from .passages import of_different_passages, print_passages, read_passage
 from .recipe import MODEL, recipe_of
+from .run import SETTINGS
 
 SHOWN, DRAWN = 16, 8
 OUTPUTS = ("json", "markdown", "answers", "html", "png")
@@ -47,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="dev", help="dev, train, of some tasks others")
     parser.add_argument("--batch-size", type=int, default=32, help="rows at a time")
     parser.add_argument(
-        "--max-length", type=int, help="as in training; default: 512, SQuAD 384, whatever it was in training"
+        "--max-length", type=int, help="tokens; default: that of the run in --model, of another folder 512, SQuAD 384"
     )
-    parser.add_argument("--doc-stride", type=int, help="as in training (SQuAD); default: 128")
+    parser.add_argument("--doc-stride", type=int, help="as --max-length (SQuAD); of another folder 128")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the timing; 0: no timing")
     parser.add_argument("--kernels", default="auto", help=", ".join(KERNELS))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
@@ -85,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         picture.check_matplotlib(f"--png {arguments.png}")
     folder = model_folder(arguments.model)
-    recipe = recipe_of("dense", task, max_length=arguments.max_length, doc_stride=arguments.doc_stride)
+    given = {name: getattr(arguments, name) for name in ("max_length", "doc_stride")}
+    given = _trained_with(arguments.model, task) | {name: x for name, x in given.items() if x is not None}
+    recipe = recipe_of("dense", task, **given)
     kind = kind_of(task, recipe.doc_stride)
     if arguments.answers is not None and not isinstance(kind, QuestionKind):
         raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
@@ -115,6 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
         if (path := getattr(arguments, name)) is not None:
             print(f"wrote {path}")
     return 0
+
+
+def _trained_with(folder: Path, task: Task) -> dict[str, Any]:
+    """How texts were cut where `folder` is the output of a run on the same task; nothing where it is not."""
+    if not (folder / SETTINGS).is_file():
+        return {}
+    run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    return {name: run["recipe"][name] for name in ("max_length", "doc_stride")} if run["task"] == task.name else {}
 
 
 def model_folder(path: Path) -> Path:

@@ -35,6 +35,7 @@ from .stages import drop_checkpoints, logged, save_whole, train_stage
 RUN, SETTINGS = "run.json", "settings.json"
 EVALUATION_BATCH = 64
 HELD_OUT_AT_MOST = 2000
+USES_BEFORE_CAPTURE = 8  # batches grouped by length have dozens of sizes, of which a small task sees some but rarely
 SPLIT_SEED = 0  # the same rows are held out whatever the run's seed
 
 
@@ -130,7 +131,11 @@ class Run:
         set_seed(self.recipe.seed)
         shape = EncoderShape.of(dense.config, self.recipe.predictor_width or dense.config.hidden_size)
         model = add_skimming(dense, self.recipe.skim_config(shape))
-        skimming_of(model).graphed_training = self.cuda_graphs and torch.cuda.is_available()
+        if self.cuda_graphs and torch.cuda.is_available():
+            skimming = skimming_of(model)
+            skimming.graphed_training = True
+            assert skimming.training_graphs is not None
+            skimming.training_graphs.uses_before = USES_BEFORE_CAPTURE
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=True, save_steps=self.save_steps)
         self.seconds["skimming"] = time.perf_counter() - start
