@@ -14,8 +14,8 @@ namespace transkimmer {
 
 constexpr int kTileStride = 64;
 constexpr int kTileRows = 16;  // queries that one warp takes at a time, the height of a matrix instruction
-// Longest sequences, in keys, that a kernel is compiled for; nothing longer is served. The shorter a kind, the
-// fewer registers and the less shared memory a block takes.
+// Longest sequences, in keys, that a kernel is compiled for; nothing longer is served. The shorter a kind,
+// the fewer registers and the less shared memory a block takes.
 constexpr int kShortSequences[] = {64, 96, 128};
 constexpr int kLongestShortSequence = 128;
 // Keys of a tile, rounded up to a multiple of 32.
