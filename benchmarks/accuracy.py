@@ -39,8 +39,8 @@ from transkimmer.training.evaluation import training_forward_difference
 from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import kind_of
 from transkimmer.training.output import prepare_output
-from transkimmer.training.recipe import MODEL, MODES, Recipe, recipe_of
-from transkimmer.training.run import SETTINGS, Run, hold_out
+from transkimmer.training.recipe import MODEL, MODES, SETTINGS, Recipe, recipe_of
+from transkimmer.training.run import Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 

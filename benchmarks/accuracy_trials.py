@@ -29,8 +29,8 @@ from transkimmer.tasks import TEXT_TASKS, load_split
 from transkimmer.training.calibration import calibrate
 from transkimmer.training.kinds import Rows
 from transkimmer.training.output import prepare_output
-from transkimmer.training.recipe import recipe_of
-from transkimmer.training.run import SETTINGS, Run, hold_out
+from transkimmer.training.recipe import SETTINGS, recipe_of
+from transkimmer.training.run import Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 

@@ -19,8 +19,8 @@ from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TASKS
 from transkimmer.training import SteadyTrainer
 from transkimmer.training.output import prepare_output
-from transkimmer.training.recipe import recipe_of
-from transkimmer.training.run import SETTINGS, Run
+from transkimmer.training.recipe import SETTINGS, recipe_of
+from transkimmer.training.run import Run
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer

@@ -34,8 +34,7 @@ from .evaluation import evaluate, predictor_width, training_forward_difference
 from .judges import Judge
 from .kinds import Kind, QuestionKind, TextKind, kind_of
 from .passages import of_different_passages, print_passages, read_passage
-from .recipe import MODEL, recipe_of
-from .run import SETTINGS
+from .recipe import MODEL, SETTINGS, recipe_of
 
 SHOWN, DRAWN = 16, 8
 OUTPUTS = ("json", "markdown", "answers", "html", "png")

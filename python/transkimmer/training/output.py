@@ -14,8 +14,8 @@ from accelerate.utils import broadcast_object_list
 from transkimmer_kernels.files import write_whole
 
 from ..tasks import task_named
-from .recipe import Recipe
-from .run import SETTINGS, Run
+from .recipe import SETTINGS, Recipe
+from .run import Run
 
 
 def prepare_output(job: Run, resume: bool) -> None:

@@ -13,6 +13,7 @@ from ..tasks import QuestionTask, Task
 
 # Folder of a run, or of one of its stages, that holds the finished model.
 MODEL = "model"
+SETTINGS = "settings.json"  # of a run, beside it
 # dense: no skimming, the baseline. The others: docs/training.md.
 MODES = ("corrected", "paper", "published", "dense")
 CALIBRATIONS = ("speedup", "sampled", "none")

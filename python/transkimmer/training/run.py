@@ -32,7 +32,7 @@ from .kinds import Kind, Rows, kind_of
 from .recipe import MODEL, Recipe
 from .stages import drop_checkpoints, logged, save_whole, train_stage
 
-RUN, SETTINGS = "run.json", "settings.json"
+RUN = "run.json"
 EVALUATION_BATCH = 64
 HELD_OUT_AT_MOST = 2000
 USES_BEFORE_CAPTURE = 8  # batches grouped by length have dozens of sizes, of which a small task sees some but rarely
