@@ -86,3 +86,9 @@ class Ragged:
 def as_bool(mask: Tensor) -> Tensor:
     """Whether each element of a mask is not 0; nothing is computed where it is bool already."""
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def first_of_each(cu_seqlens: Tensor, count: int) -> Tensor:
+    """bool [count]: the first token of each sequence of int32 [sequences + 1]; no host read."""
+    first = torch.zeros(count + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill_(0, cu_seqlens[:-1].long(), True)[:count]  # an empty last sequence marks the spare entry

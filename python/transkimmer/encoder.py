@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transkimmer_kernels import KernelSet, Ragged, kernel_set
-from transkimmer_kernels.ragged import as_bool
+from transkimmer_kernels.ragged import as_bool, first_of_each
 from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 
 from .architectures import ARCHITECTURES, Architecture, get
@@ -19,7 +19,7 @@ from .config import SkimConfig
 from .graphed_training import GraphedTraining
 from .policies import PredictorPolicy, SchedulePolicy
 from .records import SkimRecord, current_records, leave_skim_loss
-from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder, first_of_each
+from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder
 from .weights import WeightCache
 
 # Under this attention name Hugging Face hands the 2-D padding mask to the encoder as it is.
@@ -158,7 +158,7 @@ class SkimmingEncoder(nn.Module):
             result = encoder.run(hidden, sequences)
         if count and self.skim_enabled:
             record.skim_loss = result.skim_loss
-            if record.skim_loss is None:
+            if record.skim_loss is None:  # tokens removed before a layer count as what they are there: skimmed
                 record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
         leave_skim_loss(record.skim_loss)
         if current_records() is not None:

@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from transkimmer_kernels.ragged import first_of_each
 from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors
 
 from .architectures import get
@@ -30,7 +31,6 @@ from .training_forward import (
     TrainingEncoder,
     TrainingResult,
     drawing_noise,
-    first_of_each,
 )
 from .weights import Watch
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from transkimmer_kernels.ragged import first_of_each
+
 _records: ContextVar[list[SkimRecord] | None] = ContextVar("transkimmer_records", default=None)
 # On its way from a training encoder to the head's loss; a context variable, so that threads do not mix theirs up.
 _skim_loss: ContextVar[Tensor | None] = ContextVar("transkimmer_skim_loss", default=None)
@@ -67,10 +69,7 @@ class SkimRecord:
     @property
     def first_tokens(self) -> Tensor:
         """bool [real tokens]: the first one of each sequence, which is never scored."""
-        total = int(self.cu_seqlens[-1])
-        first = torch.zeros(total + 1, dtype=torch.bool, device=self.cu_seqlens.device)
-        first[self.cu_seqlens[:-1].long()] = True  # an empty last sequence marks the spare entry
-        return first[:total]
+        return first_of_each(self.cu_seqlens, int(self.cu_seqlens[-1]))
 
     def scored_logits(self, layer: int) -> Tensor:
         """fp32 [tokens]: of those that the layer's predictor decided about: not first, and not gone by then."""

@@ -117,7 +117,7 @@ class TrainingEncoder:
     def _decide(self, index: int, present: _Present) -> tuple[_Present, LayerDecisions]:
         logit = None
         if self.predictors is not None:
-            logit = self._lightly(self.predictors[index], present.hidden)  # [n]
+            logit = self._perhaps_recomputed(self.predictors[index], present.hidden)  # [n]
             decided = straight_through_keep(logit, self.temperature, self.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
@@ -157,11 +157,13 @@ class TrainingEncoder:
         context = keep_attention(q, k, v, keep, sequences, key_sequences, self.config, self.kernels)
         x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context.reshape(hidden.shape)))
         x = get(layer, a.norm1)(x + hidden)
-        y = self._lightly(lambda x: get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x))), x)
+        y = self._perhaps_recomputed(
+            lambda x: get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x))), x
+        )
         return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
 
-    def _lightly(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A function that draws nothing, with or without its activations."""
+    def _perhaps_recomputed(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), which draws nothing; keeps no activations of it where `recompute` says so."""
         if not self.recompute:
             return function(x)
         result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
@@ -193,12 +195,6 @@ class _ChooseRows(torch.autograd.Function):
             wide = torch.promote_types(grad.dtype, keep.dtype)
             for_keep = torch.linalg.vecdot(hidden.to(wide) - final.to(wide), grad.to(wide)).to(keep.dtype)
         return for_keep, for_hidden, grad - for_hidden
-
-
-def first_of_each(cu_seqlens: Tensor, count: int) -> Tensor:
-    """bool [count]: the first token of each sequence of int32 [sequences + 1]; no host read."""
-    first = torch.zeros(count + 1, dtype=torch.bool, device=cu_seqlens.device)
-    return first.index_fill_(0, cu_seqlens[:-1].long(), True)[:count]  # an empty last sequence marks the spare entry
 
 
 def drawing_noise() -> bool:

@@ -357,10 +357,16 @@ def _partly_in_eval_mode(model: PreTrainedModel) -> None:
     ],
 )
 def test_what_runs_eagerly_and_says_why(change: Callable[[PreTrainedModel], None], reason: str) -> None:
-    model = graphed()
-    change(model)
-    step(model, BATCHES[0])
+    model, twin = graphed(), graphed()
+    twin.skimming.graphed_training = False
+    for m in (model, twin):  # a copy would have no hooks
+        change(m)
+    loss, actual, record = step(model, BATCHES[0])
     assert model.skimming.training_graphs.why_eager == reason
+    expected_loss, expected, expected_record = step(twin, BATCHES[0])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(actual, expected)
+    assert torch.equal(record.keep_masks, expected_record.keep_masks)
 
 
 def test_forwards_that_need_no_gradient_run_eagerly() -> None:

@@ -117,11 +117,10 @@ class Field:
 
 def _build(peer: Peer, subject: Subject, setting: Setting, first: Batch) -> Built:
     """With a first call in it, which compiles, tunes and prepares weights."""
-    # Two sequences of two lengths, so that no size is taken for a constant and no mask for superfluous; but for whom
-    # every size is a constant until it meets another, and compiling takes a minute: the first that will be timed.
-    example = workload.random_batches([12, 7], 2, 1, subject.dense.config.vocab_size)[0].to(setting.device).inputs
-    if peer.compiles_sizes:
-        example = first.inputs
+    # For whom every size is a constant until another comes, and compiling takes a minute: what will be timed. Else two
+    # sequences of two lengths, so that no size is taken for a constant and no mask for superfluous.
+    two = workload.random_batches([12, 7], 2, 1, subject.dense.config.vocab_size)[0]
+    example = first.inputs if peer.compiles_sizes else two.to(setting.device).inputs
     memory = PeakMemory(setting.device)
     start = time.perf_counter()
     with _quiet():

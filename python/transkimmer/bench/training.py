@@ -162,7 +162,7 @@ def measure(
     field = [Contender(learner.name, learner.step) for learner in learners]
     seconds = time_in_turn(field, batches, repeats, DENSE_PACKED, limits, setting.device)
     tokens = sum(int(batch.lengths.sum()) for batch in batches)
-    eager = {learner.name: _why_eager(learner) for learner in learners}
+    notes = {learner.name: _note(learner) for learner in learners}
     kept = {learner.name: _tokens_kept(learner, batches) for learner in learners}
     return [
         {
@@ -182,7 +182,7 @@ def measure(
             "tokens_kept": kept[name],
             "tokens_scheduled": scheduled if name in SKIMS else None,
         }
-        | (eager[name] or {})
+        | notes[name]
         for name, times in seconds.items()
     ]
 
@@ -193,11 +193,11 @@ def _with_graphs(peak: int | None, learner: Learner) -> int | None:
     return peak if peak is None or graphs is None else peak + graphs.pool_bytes
 
 
-def _why_eager(learner: Learner) -> dict[str, str] | None:
-    """A note for a row that would have to be of graphs and is not."""
+def _note(learner: Learner) -> dict[str, str]:
+    """For a row that would have to be of graphs and is not."""
     graphs = learner.graphs
     if graphs is None or graphs.why_eager is None:
-        return None
+        return {}
     return {"note": f"without graphs: {graphs.why_eager}"}
 
 

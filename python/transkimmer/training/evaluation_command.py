@@ -124,7 +124,8 @@ def _trained_with(folder: Path, task: Task) -> dict[str, Any]:
     if not (folder / SETTINGS).is_file():
         return {}
     run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    return {name: run["recipe"][name] for name in ("max_length", "doc_stride")} if run["task"] == task.name else {}
+    # A setting that did not exist when the run was begun had its default.
+    return {name: run["recipe"].get(name) for name in ("max_length", "doc_stride")} if run["task"] == task.name else {}
 
 
 def model_folder(path: Path) -> Path:
