@@ -6,6 +6,7 @@ Knows tensors and nothing of Hugging Face. `python -m transkimmer_kernels.env` r
 from . import native
 from .ops import (
     compact,
+    embed_tokens,
     encoder_layer_,
     gather_rows,
     ragged_attention,
@@ -27,6 +28,7 @@ __all__ = [
     "KernelSet",
     "Ragged",
     "compact",
+    "embed_tokens",
     "encoder_layer_",
     "gather_rows",
     "kernel_set",

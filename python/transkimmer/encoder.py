@@ -228,10 +228,10 @@ def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
 _classes: dict[type, type] = {}
 
 
-def skimming_class(encoder_class: type) -> type:
-    """`encoder_class` with the skimming forward; one class per encoder class, importable by name for pickling."""
-    if encoder_class not in _classes:
-        name = f"Skimming{encoder_class.__name__}"
-        _classes[encoder_class] = type(name, (SkimmingEncoder, encoder_class), {"__module__": __name__})
-        globals()[name] = _classes[encoder_class]
-    return _classes[encoder_class]
+def skimming_class(kind: type, mixin: type = SkimmingEncoder) -> type:
+    """`kind` with the forward of `mixin`; one class per kind, importable by name for pickling."""
+    if kind not in _classes:
+        name = f"Skimming{kind.__name__}"
+        _classes[kind] = type(name, (mixin, kind), {"__module__": __name__})
+        globals()[name] = _classes[kind]
+    return _classes[kind]

@@ -14,6 +14,7 @@ from transkimmer_kernels.runtime import GraphCache
 
 from .architectures import architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
+from .embeddings import SkimmingEmbeddings
 from .encoder import ATTENTION_NAME, SkimmingEncoder, skimming_class
 from .graphed_training import GraphedTraining
 from .graphs import MODES, GraphedForward
@@ -27,6 +28,9 @@ CONFIG_KEY = "skimming"
 
 class Skimming:
     """The handle `model.skimming`: what can be read and changed about skimming on a live model."""
+
+    # A misspelt setting is an AttributeError, and not a new attribute.
+    __slots__ = ("__weakref__", "_encoder", "_former_attention", "_forward", "_hooks", "predictors")
 
     def __init__(self, encoder: SkimmingEncoder, former_attention: str, forward: GraphedForward) -> None:
         self._encoder = encoder
@@ -208,6 +212,9 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
     encoder.skim_graphs = None
+    embeddings: Any = model.base_model.embeddings
+    embeddings.__class__ = skimming_class(type(embeddings), SkimmingEmbeddings)
+    embeddings.skim_encoder = (encoder,)
     forward = GraphedForward(model, encoder)
     skimming = Skimming(encoder, model.config._attn_implementation, forward)
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
@@ -233,6 +240,9 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
         if name.startswith("skim_"):
             delattr(encoder, name)
     encoder.__class__ = type(encoder).__mro__[2]
+    embeddings: Any = model.base_model.embeddings
+    embeddings.__class__ = type(embeddings).__mro__[2]
+    del embeddings.skim_encoder
     skimming._forward.release()
     del model.skimming, model.forward, model._replicate_for_data_parallel
     delattr(model.config, CONFIG_KEY)

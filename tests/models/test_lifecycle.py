@@ -117,6 +117,13 @@ def test_kernels_can_be_switched_on_a_live_model() -> None:
     assert model.skimming.kernels == "reference"
 
 
+@pytest.mark.parametrize("name", ["graphed_trainig", "config", "threshold"])
+def test_what_is_no_setting_cannot_be_set(name: str) -> None:
+    skimming = add_skimming(tiny("bert")).skimming
+    with pytest.raises(AttributeError, match=name):
+        setattr(skimming, name, True)
+
+
 @pytest.mark.default_kernels("is about the choice of `auto`")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @torch.no_grad()

@@ -245,6 +245,37 @@ def ragged_attention(
     }
 
 
+def embed_tokens(
+    source: Source,
+    lengths: Sequence[int],
+    *,
+    width: int,
+    positions: str | None = "each",
+    types: str | None = "each",
+    vocabulary: int = 50,
+    id_dtype: torch.dtype = torch.int64,
+) -> Kwargs:
+    """positions, types: ids for "each" token, of one sequence for "all", or None; types "unknown": not even a table."""
+    shape = (len(lengths), max(lengths, default=0))
+
+    def ids(kind: str | None, size: int) -> Tensor | None:
+        if kind not in ("each", "all"):
+            return None
+        found = torch.randint(size, shape if kind == "each" else (1, shape[1]), generator=source.generator)
+        return found.to(source.device, id_dtype)
+
+    return {
+        "input_ids": ids("each", vocabulary),
+        "position_ids": ids(positions, shape[1] + 3),
+        "token_type_ids": ids(types, 2),
+        "word_weight": source.normal(vocabulary, width),
+        "position_weight": source.normal(shape[1] + 3, width),
+        "type_weight": None if types == "unknown" else source.normal(2, width),
+        "norm_weight": source.normal(width, scale=0.2, shift=1.0),
+        "norm_bias": source.normal(width, scale=0.2),
+    }
+
+
 def ragged_linear(
     source: Source,
     lengths: Sequence[int],

@@ -82,6 +82,7 @@ SPECS = {
         Spec(tk.ragged_linear_norm_),
         Spec(tk.skim_tokens, outputs=("slots", "cu_seqlens")),
         Spec(tk.encoder_layer_),
+        Spec(tk.embed_tokens),
     )
 }
 
@@ -166,5 +167,9 @@ CASES: list[Case] = [
     *_over(cases.encoder_layer_, ("awkward",), width=64, heads=1, ff=40, bias=False, activation="none"),
     *_over(cases.encoder_layer_, ("tiny",), width=128, heads=4, ff=64, bias=False, first_only=True),
     *_over(cases.encoder_layer_, ("awkward",), width=384, heads=6, ff=1536),
+    *_over(cases.embed_tokens, MOST, width=64),
+    *_over(cases.embed_tokens, ("tiny", "long"), width=33, positions="all", types="all"),
+    *_over(cases.embed_tokens, ("awkward",), width=768, positions=None, types=None),
+    *_over(cases.embed_tokens, ("tiny",), width=1030, positions=None, types="unknown", id_dtype=torch.int32),
 ]
 # `skim_tokens` is not among them: where a decision falls within rounding of the threshold, no oracle is right.

@@ -196,6 +196,26 @@ def encoder_layer_(
     return (F.layer_norm(x, x.shape[1:], w["norm2_weight"], w["norm2_bias"], 1e-12),)
 
 
+def embed_tokens(
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    type_weight: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-12,
+) -> Outputs:
+    places = torch.arange(input_ids.size(1), device=input_ids.device)[None] if position_ids is None else position_ids
+    total = word_weight[input_ids.long()] + position_weight[places.long()]
+    if type_weight is not None:
+        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        total = total + type_weight[kinds.long()]
+    return (F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps),)
+
+
 def valid(operator: str, kwargs: dict[str, Any], outputs: Any) -> Outputs:
     """The part of an operator's outputs that its contract defines."""
     if operator == "ragged_attention":
@@ -205,7 +225,7 @@ def valid(operator: str, kwargs: dict[str, Any], outputs: Any) -> Outputs:
     if operator in ("compact", "skim_tokens"):
         slots, cu_seqlens = outputs
         return slots[: int(cu_seqlens[-1])], cu_seqlens
-    if operator == "scatter_rows":
+    if operator in ("scatter_rows", "embed_tokens"):
         return (outputs,)
     if operator in ("ragged_linear_norm_", "encoder_layer_"):
         listed, starts = _listed(kwargs["slots"], kwargs["cu_seqlens"]), kwargs["cu_seqlens"][:-1].long()

@@ -29,7 +29,9 @@ CASES: dict[str, Kwargs] = {
     "ragged_linear_norm_": {"width": 16, "out": 8},
     "skim_tokens": {"width": 16, "inner": 8, "keep_first": True},
     "encoder_layer_": {"width": 16, "heads": 2, "ff": 24},
+    "embed_tokens": {"width": 16},
 }
+IDS = ("input_ids", "position_ids", "token_type_ids")
 LISTS = ("slots", "residual_slots")
 OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 
@@ -110,6 +112,8 @@ def _breaks_of(operator: str, name: str) -> dict[str, Callable[[Tensor], Tensor]
     }
     if operator in ("gather_rows", "scatter_rows"):
         return {"device": breaks["device"]}  # rows of any shape and dtype
+    if name in IDS:
+        breaks["dtype"] = lambda x: x.float()
     return breaks
 
 
@@ -120,6 +124,7 @@ MEASURES = {
     "skim_logit": ("hidden", "fc_bias"),
 }
 MEASURES |= {"ragged_linear_norm_": ("x", "weight"), "ragged_attention": ("q",)}
+MEASURES |= {"embed_tokens": ("input_ids", "word_weight")}
 MEASURES |= {"skim_tokens": MEASURES["skim_logit"], "encoder_layer_": ("hidden", "ffn_in_weight")}
 
 
@@ -141,7 +146,9 @@ def test_bad_tensor(target: Target, operator: str, name: str, how: str) -> None:
     _refused(target, operator, kwargs, f"^{r'[a-z0-9_]+' if anyone else name}: {said}")
 
 
-@pytest.mark.parametrize("operator", [name for name in CASES if name not in ("compact", "ragged_attention")])
+@pytest.mark.parametrize(
+    "operator", [name for name in CASES if name not in ("compact", "ragged_attention", "embed_tokens")]
+)
 def test_list_on_another_device(target: Target, operator: str) -> None:
     """Slots and offsets that agree with each other, but not with the rows."""
     kwargs = _kwargs(operator)
@@ -161,6 +168,17 @@ def test_list_on_another_device(target: Target, operator: str) -> None:
         ("encoder_layer_", {"max_seqlen": 2}, "^max_seqlen: must be at least the longest sequence, 3, got 2"),
         ("encoder_layer_", {"query_bias": torch.zeros(16)}, "^query_bias: needs query_weight, which is None"),
         ("encoder_layer_", {"query_weight": torch.zeros(16, 16)}, r"^qkv_weight: expected shape \[32, 16\], got"),
+        ("embed_tokens", {"input_ids": torch.tensor([[0, 1, 50]] * 3)}, r"^input_ids: must lie in \[0, 50\), .* to 50"),
+        ("embed_tokens", {"position_ids": torch.tensor([[-1, 0, 0]])}, r"^position_ids: must lie in \[0, 6\), .* -1"),
+        ("embed_tokens", {"token_type_ids": torch.full((3, 3), 2)}, r"^token_type_ids: must lie in \[0, 2\)"),
+        ("embed_tokens", {"position_ids": torch.zeros(2, 3).long()}, "^position_ids: expected 1 or 3 rows, got"),
+        ("embed_tokens", {"type_weight": None}, "^token_type_ids: needs type_weight, which is None"),
+        ("embed_tokens", {"type_weight": torch.zeros(0, 16)}, "^type_weight: expected at least one type"),
+        (
+            "embed_tokens",
+            {"position_ids": None, "position_weight": torch.zeros(2, 16)},
+            "^input_ids: 3 tokens a sequence, but position_weight has 2 positions",
+        ),
         ("ragged_attention", {"max_seqlen_q": 2}, "^max_seqlen_q: must be at least the longest sequence, 3, got 2"),
         ("ragged_attention", {"max_seqlen_k": 0}, "^max_seqlen_k: must be at least the longest sequence, 3, got 0"),
         ("ragged_attention", {"cu_seqlens_k": _ints(0, 5)}, "^cu_seqlens_k: expected 4 entries .*, got 2"),

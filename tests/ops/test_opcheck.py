@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"width": 32, "heads": 2, "ff": 40},
         {"width": 32, "heads": 1, "ff": 40, "bias": False, "first_only": True},
     ],
+    "embed_tokens": [{"width": 32}, {"width": 32, "positions": None, "types": "unknown"}],
 }
 CASES = [(name, options) for name, variants in ARGUMENTS.items() for options in variants]
 LENGTHS = (3, 0, 5, 1)

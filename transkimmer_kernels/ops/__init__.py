@@ -3,10 +3,15 @@
 from ..library import load_operators
 
 load_operators(
-    __name__, ("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear", "skim_tokens", "encoder_layer")
+    __name__,
+    (
+        *("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear", "skim_tokens", "encoder_layer"),
+        "embed_tokens",
+    ),
 )
 
 from .compact import compact  # noqa: E402
+from .embed_tokens import embed_tokens  # noqa: E402
 from .encoder_layer import encoder_layer_  # noqa: E402
 from .ragged_attention import ragged_attention  # noqa: E402
 from .ragged_linear import ragged_linear, ragged_linear_norm, ragged_linear_norm_  # noqa: E402
@@ -16,6 +21,7 @@ from .skim_tokens import skim_tokens  # noqa: E402
 
 __all__ = [
     "compact",
+    "embed_tokens",
     "encoder_layer_",
     "gather_rows",
     "ragged_attention",
