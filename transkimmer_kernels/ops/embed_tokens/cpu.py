@@ -1,4 +1,4 @@
-"""On a CPU PyTorch's own operators: embeddings are a thousandth of a forward there."""
+"""On a CPU PyTorch's own operators: embeddings are less than a hundredth of a forward there."""
 
 from ...library import implement
 from .reference import embed_tokens
