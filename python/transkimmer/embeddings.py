@@ -28,15 +28,11 @@ class SkimmingEmbeddings(nn.Module):
     skim_encoder: tuple[Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = None
         if not self.training and not torch.is_grad_enabled():
             kind: Any = type(self)
-            arguments = _arguments(self, {**dict(zip(_parameters(kind), args, strict=False)), **kwargs})
-        if arguments is not None:
-            word: Tensor = arguments[3]
-            kernels = kernel_set(self.skim_encoder[0].skim_kernels, word.device.type, word.dtype)
-            if kernels.serves["embed_tokens"] == "triton":  # elsewhere it is what Hugging Face runs
-                return kernels.embed_tokens(*arguments)
+            out = _fused(self, {**dict(zip(_parameters(kind), args, strict=False)), **kwargs})
+            if out is not None:
+                return out
         return super().forward(*args, **kwargs)
 
 
@@ -46,8 +42,8 @@ def _parameters(kind: Any) -> list[str]:
     return list(inspect.signature(kind.__mro__[2].forward).parameters)[1:]
 
 
-def _arguments(embeddings: Any, given: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Those of `embed_tokens` for a call of Hugging Face's forward; None where it would not compute the same."""
+def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:
+    """What Hugging Face's forward returns for these arguments, by `embed_tokens`; None where that is not for them."""
     ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     placed, types = given.pop("position_ids", None), given.pop("token_type_ids", None)
     if (ids is None) == (embeds is None) or any(isinstance(x, Tensor) or x for x in given.values()):
@@ -58,6 +54,9 @@ def _arguments(embeddings: Any, given: dict[str, Any]) -> tuple[Any, ...] | None
         return None
     word, position = tables[0].weight, tables[1].weight
     kind = None if tables[2] is None else tables[2].weight
+    kernels = kernel_set(embeddings.skim_encoder[0].skim_kernels, word.device.type, word.dtype)
+    if kernels.serves["embed_tokens"] != "triton":  # then it is what Hugging Face runs
+        return None
     shape = ids.shape if embeds is None else embeds.shape[:-1]
     if len(shape) != 2 or torch.is_autocast_enabled(word.device.type) or (types is not None and kind is None):
         return None
@@ -78,7 +77,7 @@ def _arguments(embeddings: Any, given: dict[str, Any]) -> tuple[Any, ...] | None
     # What does not fit is refused there, in Hugging Face's words.
     if not all(_fits(x, shape, word.device) for x in (ids, placed, types) if x is not None):
         return None
-    return ids, placed, types, word, position, kind, norm.weight, norm.bias, norm.eps
+    return kernels.embed_tokens(ids, placed, types, word, position, kind, norm.weight, norm.bias, norm.eps)
 
 
 def _are_plain(tables: list[Any], norm: Any) -> bool:

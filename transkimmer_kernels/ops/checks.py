@@ -78,9 +78,12 @@ def check_slots(name: str, slots: Tensor, cu_seqlens: Tensor, rows: int) -> None
     """`slots`: int32 [capacity]; the first `cu_seqlens[-1]` of them must lie in [0, rows) (looked at on CPU only)."""
     check_tensor(name, slots, dim=1, dtype=torch.int32, device=cu_seqlens.device)
     check_cu_seqlens("cu_seqlens", cu_seqlens, slots.numel(), slots.device)
-    if slots.device.type != "cpu":
-        return
-    valid = slots[: int(cu_seqlens[-1])]
-    if valid.numel():
-        low, high = int(valid.min()), int(valid.max())
+    if slots.device.type == "cpu":
+        check_rows(name, slots[: int(cu_seqlens[-1])], rows)
+
+
+def check_rows(name: str, numbers: Tensor, rows: int) -> None:
+    """Row numbers, all of which must lie in [0, rows) (looked at on CPU only)."""
+    if numbers.device.type == "cpu" and numbers.numel():
+        low, high = int(numbers.min()), int(numbers.max())
         require(low >= 0 and high < rows, f"{name}: must lie in [0, {rows}), got values from {low} to {high}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_tensor, require
+from ..checks import FLOATS, check_rows, check_tensor, require
 
 _IDS = (torch.int64, torch.int32)
 
@@ -67,7 +67,7 @@ def embed_tokens(
         check_tensor("type_weight", type_weight, dtype=dtype, device=device, shape=(None, width))
     require(token_type_ids is None or type_weight is not None, "token_type_ids: needs type_weight, which is None")
     require(type_weight is None or type_weight.size(0) > 0, "type_weight: expected at least one type, got none")
-    _check_ids("input_ids", input_ids, word_weight.size(0))
+    check_rows("input_ids", input_ids, word_weight.size(0))
     if position_ids is None:
         seq, positions = input_ids.size(1), position_weight.size(0)
         require(seq <= positions, f"input_ids: {seq} tokens a sequence, but position_weight has {positions} positions")
@@ -79,14 +79,7 @@ def embed_tokens(
             check_tensor(name, ids, dim=2, dtype=_IDS, device=device, shape=(None, input_ids.size(1)))
             sizes = f"1 or {input_ids.size(0)}"
             require(ids.size(0) in (1, input_ids.size(0)), f"{name}: expected {sizes} rows, got {list(ids.shape)}")
-            _check_ids(name, ids, table.size(0))
+            check_rows(name, ids, table.size(0))
     run = select("embed_tokens", kernels, device, dtype)
     given = (input_ids, position_ids, token_type_ids)
     return run(*given, word_weight, position_weight, type_weight, norm_weight, norm_bias, eps)
-
-
-def _check_ids(name: str, ids: Tensor, rows: int) -> None:
-    """Looked at only on a CPU tensor: on a GPU that would stop the stream."""
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        require(low >= 0 and high < rows, f"{name}: must lie in [0, {rows}), got values from {low} to {high}")
