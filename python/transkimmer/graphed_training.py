@@ -13,7 +13,8 @@ import operator
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -99,17 +100,20 @@ class GraphedTraining:
 
     def clear(self) -> None:
         """Forgets every graph and gives the memory back."""
-        if getattr(self, "_engine", None) is not None:
-            self._engine.wait()
-        self._engine: Any = None
-        self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
+        self._forget_graphs()
         self._refused: dict[Hashable, str] = {}
         self._uses: Counter[Hashable] = Counter()
         self._watch: Watch | None = None
         self._parameters: list[nn.Parameter] = []
         self._dropouts: list[nn.Dropout] = []
-        self._gradients: list[Tensor] = []
         self._flight: weakref.ref[_Flight] | None = None
+
+    def _forget_graphs(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            self._engine.wait()
+        self._engine: Any = None
+        self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
+        self._gradients: list[Tensor] = []
 
     def run(
         self, module: nn.Module, encoder: TrainingEncoder, hidden: Tensor, cu_seqlens: Tensor, longest: int
@@ -133,6 +137,7 @@ class GraphedTraining:
             try:
                 self._capture(key, size, encoder, hidden, cu_seqlens)
             except Exception as error:
+                self._forget_graphs()
                 reason = self._refused[key] = f"capturing failed: {type(error).__name__}: {error}"
                 warnings.warn(f"{type(module).__name__} trains without a CUDA graph: {reason}", stacklevel=6)
         if key in self._refused:
@@ -211,8 +216,14 @@ class GraphedTraining:
         while len(self._steps) >= _MAX_GRAPHS:
             self._engine.wait()
             self._steps.popitem(last=False)
-        with self._engine.exclusive(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            step = _Step(size, encoder, hidden, self._parameters)
+        assert self._watch is not None
+        modules = [m for _, m in self._watch.modules]
+        with (
+            self._engine.exclusive(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _leaves_of_its_own(modules, self._parameters) as leaves,
+        ):
+            step = _Step(size, encoder, hidden, leaves)
             step.load(hidden.detach(), cu_seqlens, (encoder.temperature, encoder.noise))
             step.capture(self._engine, self._gradients)
         self._steps[key] = step
@@ -358,6 +369,26 @@ class _Replay(torch.autograd.Function):
             ):
                 gradients[i] = copy
         return None, None, grad_hidden, None, *gradients
+
+
+@contextmanager
+def _leaves_of_its_own(
+    modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
+) -> Iterator[list[nn.Parameter]]:
+    """Inside, `modules` have other parameters of the same memory, those that stand for `parameters`.
+
+    Autograd accumulates a parameter's gradient on the stream where the parameter was first used, and remembers that as
+    long as any result is alive. After eager steps that may be a stream that is not captured, which ends the capture.
+    """
+    stand_ins = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
+    held = [(m, name, p) for m in modules for name, p in m._parameters.items() if id(p) in stand_ins]
+    try:
+        for module, name, p in held:
+            module._parameters[name] = stand_ins[id(p)]
+        yield [stand_ins[id(p)] for p in parameters]
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p
 
 
 def _draws_nothing(encoder: TrainingEncoder) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transkimmer import record_skimming
+from transkimmer.graphed_training import _Step
 
 from .conftest import ON_DEVICE, Place, dtypes, inputs, skimming_bert
 
@@ -91,6 +92,49 @@ def test_draws_follow_the_seed(place: Place) -> None:
         masks.append(records[0].keep_masks)
     assert model.skimming.training_graphs.why_eager is None
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("attention", ["renormalized", "published"])
+@on_device
+def test_captured_after_eager_steps_that_are_still_alive(place: Place, attention: str, autocast: bool) -> None:
+    """What eager steps leave behind belongs to a stream that is not captured."""
+    model = graphed(place, torch.float32)
+    model.skimming.config.skim_attention = attention
+    model.skimming.training_graphs.uses_before = 2
+    batch, alive, found = inputs(BATCHES[0], place.device), [], []
+    for _ in range(4):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(**batch).last_hidden_state.float().square().mean()
+        loss.backward()
+        alive.append(loss)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert model.skimming.training_graphs.why_eager is None and len(model.skimming.training_graphs) == 1
+    assert_close(found[3], found[0], torch.bfloat16 if autocast else torch.float32)
+
+
+@on_device
+def test_a_capture_that_fails_ends_no_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphed(place, torch.float32, noise=1.0)
+    model.skimming.training_graphs.uses_before = 1
+    batches = [inputs(lengths, place.device) for lengths in (BATCHES[0], BATCHES[1])]
+    assert step(model, batches[0]) and step(model, batches[0])
+    assert model.skimming.training_graphs.why_eager is None
+    forward = _Step._forward
+
+    def waits(self: _Step) -> dict[str, Tensor]:
+        float(self.hidden[0, 0])
+        return forward(self)
+
+    monkeypatch.setattr(_Step, "_forward", waits)
+    step(model, batches[1])
+    with pytest.warns(UserWarning, match="trains without a CUDA graph"):
+        step(model, batches[1])
+    assert "capturing failed" in str(model.skimming.training_graphs.why_eager)
+    monkeypatch.undo()
+    assert step(model, batches[0])  # captured anew
+    assert model.skimming.training_graphs.why_eager is None
 
 
 def _lengths(seed: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transkimmer import SkimConfig, add_skimming, record_skimming
-from transkimmer.graphed_training import GraphedTraining, graph_size
+from transkimmer.graphed_training import GraphedTraining, _Step, graph_size
 from transkimmer.records import SkimRecord
 from transkimmer.training_forward import decisions_without_noise
 
@@ -274,6 +274,17 @@ def test_a_change_between_the_two_ways_is_refused() -> None:
         model.bert.encoder.layer[0].output.dense.weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
         loss.backward()
+
+
+def test_a_capture_has_leaves_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the model may be tied to another stream by an eager step whose results are alive."""
+    model, seen, forward = graphed(), [], _Step._forward
+    part = model.bert.encoder.layer[0].output.dense
+    weight = part.weight
+    monkeypatch.setattr(_Step, "_forward", lambda self: (seen.append(part.weight), forward(self))[1])
+    assert_step(model, BATCHES[0])
+    assert seen and all(w is not weight and w.data_ptr() == weight.data_ptr() for w in seen)
+    assert part.weight is weight
 
 
 def test_parameters_that_lie_elsewhere() -> None:

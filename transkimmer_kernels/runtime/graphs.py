@@ -90,9 +90,13 @@ class CudaEngine:
         with torch.cuda.device(self.device):
             graph, stream = torch.cuda.CUDAGraph(), self._stream
             stream.wait_stream(torch.cuda.current_stream())
-            # Other threads may allocate and launch meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = run()
+            try:
+                # Other threads may allocate and launch meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except BaseException:
+                _end_capturing(self.device)
+                raise
             torch.cuda.current_stream().wait_stream(stream)
         return _CudaGraph(graph, outputs)
 
@@ -111,6 +115,15 @@ class CudaEngine:
     def bytes_held(self) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
+
+
+def _end_capturing(device: torch.device) -> None:
+    """After a capture that failed the generator still takes itself for captured, and would draw nothing any more.
+
+    A copy of its state does not; graphs that were recorded with the old one and draw cannot be replayed any more.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass
