@@ -88,6 +88,7 @@ class Training:
             **{"task": self.task, "backbone": self.name, "mode": " ".join([self.mode, *other]), "seed": self.seed},
             **{column: getattr(self.recipe, key) if skims else None for key, column in OWN_COLUMNS.items()},
             "bf16": self.recipe.bf16,
+            "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         }
 
     @property
@@ -234,18 +235,22 @@ class Table:
         common = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
-            "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
             "metric": TEXT_TASKS[training.task].metric,
         }
         accuracy_rows.add(self.results, [{**common, **training.columns, **point} for point in points])
 
     def add_times(self, training: Training, repeats: int) -> None:
-        """Measures the kept model of a finished training against our dense run, in turn, point by point."""
+        """Measures the kept model of a finished training against our dense run, in turn, point by point.
+
+        On a GPU both run in bf16, as they would be served there.
+        """
         folder = self.work / training.folder
         if training.mode == "dense" or not (folder / POINTS).is_file():
             return
         task, written = TEXT_TASKS[training.task], json.loads((folder / POINTS).read_text(encoding="utf-8"))
         model, dev = self._loaded(Run(task, training.recipe, training.backbone, folder), "dev")
+        if torch.cuda.is_available():
+            model = model.to(torch.bfloat16)
         config = skimming_of(model).config
         for point in written:
             if point["decision"] != "sample" and "wall_clock_speedup" not in point:

@@ -97,6 +97,11 @@ def read_trials(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def place(device: str | None) -> str:
+    """Where rows of the same training may stand for one another: any CPU, or a kind of GPU."""
+    return "cpu" if device is None or device.startswith("cpu") else device
+
+
 def _row(where: str, line: dict[str, Any]) -> Row:
     if None in line or None in line.values():
         raise ValueError(f"{where}: has {'more' if None in line else 'fewer'} values than there are columns")
@@ -138,6 +143,7 @@ class Mean:
 class Configuration:
     """What was trained, how it decides, and the rows of its seeds. mode: with the settings that differ from it."""
 
+    place: str
     task: str
     backbone: str
     metric: str
@@ -154,7 +160,8 @@ class Configuration:
     @property
     def training(self) -> str:
         """In words; the same for all points of one curve."""
-        return f"{self.mode}, pruned" if self.pruned else self.mode
+        where = "" if self.place == "cpu" else f", {self.place}"
+        return f"{self.mode}{', pruned' if self.pruned else ''}{where}"
 
     @property
     def point(self) -> str:
@@ -177,7 +184,7 @@ def configurations(rows: Sequence[Row]) -> list[Configuration]:
     """In a stable order; of a seed that was run more than once, the newest row counts."""
     newest: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        newest[(*(row[name] for name in _KEY), row["seed"])] = row
+        newest[(place(row["device"]), *(row[name] for name in _KEY), row["seed"])] = row
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for (*key, _), row in newest.items():
         groups.setdefault(tuple(key), []).append(row)
@@ -188,7 +195,7 @@ def configurations(rows: Sequence[Row]) -> list[Configuration]:
 def _order(found: Configuration) -> tuple[Any, ...]:
     numbers = (0.0 if value is None else value for value in (found.skim_weight, found.calibrated_to))
     names = (found.task, found.backbone, found.metric, found.mode != DENSE, found.mode, bool(found.pruned))
-    return *names, found.decision or "", *numbers
+    return *names, found.place, found.decision or "", *numbers
 
 
 def panels(found: Iterable[Configuration]) -> dict[tuple[str, str, str], list[Configuration]]:
@@ -200,8 +207,8 @@ def panels(found: Iterable[Configuration]) -> dict[tuple[str, str, str], list[Co
 
 
 def dense(found: Iterable[Configuration]) -> Mean | None:
-    """Of one panel: the dense fine-tunes, each seed's once, from rows of their own or from those compared with them."""
+    """Of one panel: the dense fine-tunes, each one once, from rows of their own or from those compared with them."""
     rows = sorted((row for configuration in found for row in configuration.rows), key=lambda row: row["date"])
-    by_seed = {row["seed"]: row["dense"] for row in rows if row["dense"] is not None}
-    by_seed |= {row["seed"]: row["value"] for row in rows if row["mode"] == DENSE}
-    return Mean.of(by_seed.values())
+    values = {(place(row["device"]), row["seed"]): row["dense"] for row in rows if row["dense"] is not None}
+    values |= {(place(row["device"]), row["seed"]): row["value"] for row in rows if row["mode"] == DENSE}
+    return Mean.of(values.values())

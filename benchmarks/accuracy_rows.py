@@ -13,6 +13,8 @@ from filelock import FileLock
 
 from transkimmer_kernels.files import write_whole
 
+from .accuracy_results import place
+
 # date, commit, device; the training: task to pruned; the point of its curve: decision, calibrated_to; bf16: whether it
 # was trained in autocast; metric: its name; dense: that metric of the dense fine-tune on the development rows; value,
 # held_out_value: of the model on these and on held-out training rows; flops_speedup: without padding; tokens_kept:
@@ -78,5 +80,5 @@ def add(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def identity(row: Mapping[str, Any], columns: Sequence[str] = TRAINING) -> tuple[str, ...]:
-    """What tells a training, or with `POINT` a row, from others."""
-    return tuple(_text(row[column]) for column in columns)
+    """What tells a training, or with `POINT` a row, from others; the same on another CPU, but not on a GPU."""
+    return place(row["device"]), *(_text(row[column]) for column in columns)

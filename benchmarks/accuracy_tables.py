@@ -40,8 +40,9 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
         "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows. A task's",
         "second table compares removal, at the threshold as trained, with the training forward without its noise; the",
         "largest difference is that of a logit, over the largest logit. Wall-clock is over our own dense run without",
-        "padding, in turn in one process; skim efficiency divides it by the speedup of the FLOPs that both execute, in",
-        "which the last layer is cut to the first token: somewhat less than `FLOPs ×`, the paper's count.",
+        "padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the speedup of the FLOPs",
+        "that both execute, in which the last layer is cut to the first token: somewhat less than `FLOPs ×`, the",
+        "paper's count.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):

@@ -142,6 +142,18 @@ def test_a_row_that_makes_no_sense(tmp_path: Path, column: str, value: str, allo
     assert str(error.value) == f"{path}, line 3: {column}={value!r}: must be {allowed}"
 
 
+def test_devices_are_told_apart_but_not_processors(tmp_path: Path) -> None:
+    gpu = dict(device="nvidia-h200", value=0.5, dense="")
+    found = [row(), row(seed=2, device="cpu-y"), row(**gpu), row(mode="dense", **gpu)]
+    found = accuracy_results.read(written(tmp_path / "accuracy.csv", found))
+    cpu, training, dense = sorted(accuracy_results.configurations(found), key=lambda one: (one.mode, one.place))[:3]
+    assert (cpu.training, len(cpu.rows)) == ("corrected", 2)
+    assert (training.training, len(training.rows)) == ("corrected, nvidia-h200", 1)
+    assert (dense.training, len(dense.rows)) == ("dense, nvidia-h200", 1)
+    everything = accuracy_results.dense([cpu, training, dense])
+    assert everything is not None and everything.seeds == 3
+
+
 def test_other_columns_and_cut_off_rows(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.csv"
     path.write_text("task,seed\nrte,1\n", encoding="utf-8")
