@@ -5,6 +5,8 @@ Knows tensors and nothing of Hugging Face. `python -m transkimmer_kernels.env` r
 
 from . import native
 from .ops import (
+    add_norm,
+    choose_rows,
     compact,
     embed_tokens,
     encoder_layer_,
@@ -27,6 +29,8 @@ __all__ = [
     "BackendUnavailable",
     "KernelSet",
     "Ragged",
+    "add_norm",
+    "choose_rows",
     "compact",
     "embed_tokens",
     "encoder_layer_",

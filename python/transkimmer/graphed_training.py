@@ -27,6 +27,7 @@ from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensor
 
 from .architectures import get
 from .training_forward import (
+    HOOKS,
     LayerDecisions,
     PackedSequences,
     TrainingEncoder,
@@ -36,7 +37,6 @@ from .training_forward import (
 from .weights import Watch
 
 _MAX_GRAPHS = 64
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STEP = 32  # tokens; sizes that differ by less are one
 
 
@@ -186,7 +186,7 @@ class GraphedTraining:
         modules = [m for _, m in self._watch.modules]
         if not all(map(operator.attrgetter("training"), modules)):
             return "a part of the encoder is in eval mode"
-        if any(hooks for m in modules[1:] for hooks in map(vars(m).get, _HOOKS)):
+        if any(hooks for m in modules[1:] for hooks in map(vars(m).get, HOOKS)):
             return "a part of the encoder has hooks, which a replay would not call"
         if any(p._backward_hooks for p in self._parameters):
             return "a parameter of the encoder has hooks, which a replay would not call"

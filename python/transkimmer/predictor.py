@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +39,12 @@ class SkimPredictor(nn.Module):
         self.out.bias[KEEP] += bias_init
         self.out.bias[SKIM] -= bias_init
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., d] -> keep-minus-skim logit fp32 [...]: all that a decision depends on."""
-        x = self.norm2(self.fc(self.norm1(hidden)))
+    def forward(self, hidden: Tensor, norm: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__) -> Tensor:
+        """hidden [..., d] -> keep-minus-skim logit fp32 [...]: all that a decision depends on.
+
+        norm: applies a LayerNorm.
+        """
+        x = norm(self.norm2, self.fc(norm(self.norm1, hidden)))
         weight, bias = self.difference()
         return F.linear(F.gelu(x), weight.unsqueeze(0), bias).squeeze(-1).float()
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from .architectures import Architecture, get
 from .config import SkimConfig
 from .policies import logistic_noise
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The logit from which a token is kept while no noise is drawn; None: decisions are drawn.
 _noiseless: ContextVar[float | None] = ContextVar("transkimmer_noiseless", default=None)
 
@@ -117,7 +117,8 @@ class TrainingEncoder:
     def _decide(self, index: int, present: _Present) -> tuple[_Present, LayerDecisions]:
         logit = None
         if self.predictors is not None:
-            logit = self._perhaps_recomputed(self.predictors[index], present.hidden)  # [n]
+            predictor = self.predictors[index]
+            logit = self._perhaps_recomputed(lambda x: predictor(x, self._norm), present.hidden)  # [n]
             decided = straight_through_keep(logit, self.temperature, self.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
@@ -138,7 +139,10 @@ class TrainingEncoder:
             hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
         else:
             hidden = self._layer(*arguments)
-        return replace(present, hidden=hidden, final=choose_rows(present.keep, hidden, present.final))
+        final = hidden
+        if self.predictors is not None:
+            final = self.kernels.choose_rows(present.keep, hidden, present.final.to(hidden.dtype))
+        return replace(present, hidden=hidden, final=final)
 
     def _layer(
         self,
@@ -156,11 +160,20 @@ class TrainingEncoder:
         )
         context = keep_attention(q, k, v, keep, sequences, key_sequences, self.config, self.kernels)
         x = _dropout(layer, a.attention_dropout, get(layer, a.out)(context.reshape(hidden.shape)))
-        x = get(layer, a.norm1)(x + hidden)
+        x = self._norm(get(layer, a.norm1), x, hidden)
         y = self._perhaps_recomputed(
             lambda x: get(layer, a.ffn_out)(get(layer, a.activation)(get(layer, a.ffn_in)(x))), x
         )
-        return get(layer, a.norm2)(_dropout(layer, a.ffn_dropout, y) + x)
+        return self._norm(get(layer, a.norm2), _dropout(layer, a.ffn_dropout, y), x)
+
+    def _norm(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """module(x + residual)."""
+        # On a CPU it would be the same operators as the module's.
+        if self.kernels.serves["add_norm"] == "triton" and _is_plain_norm(module):
+            y: Tensor = self.kernels.add_norm(x, residual, module.weight, module.bias, module.eps)[0]
+            return y
+        summed: Tensor = module(x if residual is None else x + residual)
+        return summed
 
     def _perhaps_recomputed(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), which draws nothing; keeps no activations of it where `recompute` says so."""
@@ -170,31 +183,14 @@ class TrainingEncoder:
         return result
 
 
-def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
-    """Kept rows of `hidden` [..., d], a layer's output; of `final` [..., d] the others, as they were when they left.
-
-    keep [...] is 0 or 1. Values and gradients are those of final + keep * (hidden - final) in fp32, without the copies
-    in fp32 that autograd would store for it.
-    """
-    chosen: Tensor = _ChooseRows.apply(keep, hidden, final)
-    return chosen
-
-
-class _ChooseRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
-        ctx.save_for_backward(keep, hidden, final)
-        return torch.where((keep != 0).unsqueeze(-1), hidden, final)  # a NaN takes the layer's output, and shows there
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        keep, hidden, final = ctx.saved_tensors
-        for_hidden = grad * keep.to(grad.dtype).unsqueeze(-1)
-        for_keep = None
-        if ctx.needs_input_grad[0]:
-            wide = torch.promote_types(grad.dtype, keep.dtype)
-            for_keep = torch.linalg.vecdot(hidden.to(wide) - final.to(wide), grad.to(wide)).to(keep.dtype)
-        return for_keep, for_hidden, grad - for_hidden
+def _is_plain_norm(module: nn.Module) -> bool:
+    """Whether `add_norm` computes what calling the module does."""
+    return (
+        type(module) is nn.LayerNorm
+        and module.weight is not None
+        and module.bias is not None
+        and not any(map(vars(module).get, HOOKS))
+    )
 
 
 def drawing_noise() -> bool:

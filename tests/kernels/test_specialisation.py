@@ -46,6 +46,8 @@ CASES: dict[str, Callable[[Source, Any], dict[str, Any]]] = {
     "ragged_linear_norm_": lambda s, n: cases.ragged_linear_norm_(s, n, width=64, out=64),
     "encoder_layer_": lambda s, n: cases.encoder_layer_(s, n, width=64, heads=2, ff=96),
     "embed_tokens": lambda s, n: cases.embed_tokens(s, n, width=64),
+    "add_norm": lambda s, n: cases.add_norm(s, n, width=64),
+    "choose_rows": lambda s, n: cases.choose_rows(s, n, width=64),
 }
 
 Keys = dict[str, set[str]]

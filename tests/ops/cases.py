@@ -276,6 +276,26 @@ def embed_tokens(
     }
 
 
+def add_norm(source: Source, lengths: Sequence[int], *, width: int, alone: bool = False) -> Kwargs:
+    rows = sum(lengths)
+    return {
+        "x": source.normal(rows, width, shift=0.5),
+        "residual": None if alone else source.normal(rows, width, scale=2.0),
+        "weight": source.normal(width, scale=0.2, shift=1.0),
+        "bias": source.normal(width, scale=0.2),
+    }
+
+
+def choose_rows(source: Source, lengths: Sequence[int], *, width: int) -> Kwargs:
+    rows = sum(lengths)
+    weights = torch.float64 if source.dtype == torch.float64 else torch.float32
+    return {
+        "keep": (torch.rand(rows, generator=source.generator) < 0.5).to(source.device, weights),
+        "hidden": source.normal(rows, width),
+        "final": source.normal(rows, width),
+    }
+
+
 def ragged_linear(
     source: Source,
     lengths: Sequence[int],

@@ -83,6 +83,8 @@ SPECS = {
         Spec(tk.skim_tokens, outputs=("slots", "cu_seqlens")),
         Spec(tk.encoder_layer_),
         Spec(tk.embed_tokens),
+        Spec(tk.add_norm, ("x", "residual", "weight", "bias"), ("add_norm_backward",)),
+        Spec(tk.choose_rows, ("keep", "hidden", "final"), ("choose_rows_backward",)),
     )
 }
 
@@ -170,6 +172,13 @@ CASES: list[Case] = [
     *_over(cases.embed_tokens, MOST, width=64),
     *_over(cases.embed_tokens, ("tiny", "long"), width=33, positions="all", types="all"),
     *_over(cases.embed_tokens, ("awkward",), width=768, positions=None, types=None),
+    *_over(cases.add_norm, ALL, width=96),
+    *_over(cases.add_norm, ("tiny", "awkward"), width=33, alone=True),
+    *_over(cases.add_norm, ("awkward",), width=768),
+    *_over(cases.add_norm, ("tiny",), width=1030),
+    *_over(cases.choose_rows, ALL, width=96),
+    *_over(cases.choose_rows, ("tiny", "awkward"), width=33),
+    *_over(cases.choose_rows, ("tiny",), width=1030),
     *_over(cases.embed_tokens, ("tiny",), width=1030, positions=None, types="unknown", id_dtype=torch.int32),
 ]
 # `skim_tokens` is not among them: where a decision falls within rounding of the threshold, no oracle is right.

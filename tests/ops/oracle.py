@@ -216,6 +216,15 @@ def embed_tokens(
     return (F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps),)
 
 
+def add_norm(*, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Outputs:
+    total = x if residual is None else x + residual
+    return (F.layer_norm(total, weight.shape, weight, bias, eps),)
+
+
+def choose_rows(*, keep: Tensor, hidden: Tensor, final: Tensor) -> Outputs:
+    return (final + keep[:, None] * (hidden - final),)
+
+
 def valid(operator: str, kwargs: dict[str, Any], outputs: Any) -> Outputs:
     """The part of an operator's outputs that its contract defines."""
     if operator == "ragged_attention":
@@ -225,7 +234,7 @@ def valid(operator: str, kwargs: dict[str, Any], outputs: Any) -> Outputs:
     if operator in ("compact", "skim_tokens"):
         slots, cu_seqlens = outputs
         return slots[: int(cu_seqlens[-1])], cu_seqlens
-    if operator in ("scatter_rows", "embed_tokens"):
+    if operator in ("scatter_rows", "embed_tokens", "add_norm", "choose_rows"):
         return (outputs,)
     if operator in ("ragged_linear_norm_", "encoder_layer_"):
         listed, starts = _listed(kwargs["slots"], kwargs["cu_seqlens"]), kwargs["cu_seqlens"][:-1].long()

@@ -30,6 +30,8 @@ CASES: dict[str, Kwargs] = {
     "skim_tokens": {"width": 16, "inner": 8, "keep_first": True},
     "encoder_layer_": {"width": 16, "heads": 2, "ff": 24},
     "embed_tokens": {"width": 16},
+    "add_norm": {"width": 16},
+    "choose_rows": {"width": 16},
 }
 IDS = ("input_ids", "position_ids", "token_type_ids")
 LISTS = ("slots", "residual_slots")
@@ -124,7 +126,7 @@ MEASURES = {
     "skim_logit": ("hidden", "fc_bias"),
 }
 MEASURES |= {"ragged_linear_norm_": ("x", "weight"), "ragged_attention": ("q",)}
-MEASURES |= {"embed_tokens": ("input_ids", "word_weight")}
+MEASURES |= {"embed_tokens": ("input_ids", "word_weight"), "add_norm": ("x", "weight"), "choose_rows": ("hidden",)}
 MEASURES |= {"skim_tokens": MEASURES["skim_logit"], "encoder_layer_": ("hidden", "ffn_in_weight")}
 
 
@@ -147,7 +149,7 @@ def test_bad_tensor(target: Target, operator: str, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "operator", [name for name in CASES if name not in ("compact", "ragged_attention", "embed_tokens")]
+    "operator", [name for name in CASES if any(x in LISTS for x in _tensors(name)) and name != "compact"]
 )
 def test_list_on_another_device(target: Target, operator: str) -> None:
     """Slots and offsets that agree with each other, but not with the rows."""

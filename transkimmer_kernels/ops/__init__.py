@@ -6,10 +6,12 @@ load_operators(
     __name__,
     (
         *("skim_logit", "compact", "rows", "ragged_attention", "ragged_linear", "skim_tokens", "encoder_layer"),
-        "embed_tokens",
+        *("embed_tokens", "add_norm", "choose_rows"),
     ),
 )
 
+from .add_norm import add_norm  # noqa: E402
+from .choose_rows import choose_rows  # noqa: E402
 from .compact import compact  # noqa: E402
 from .embed_tokens import embed_tokens  # noqa: E402
 from .encoder_layer import encoder_layer_  # noqa: E402
@@ -20,6 +22,8 @@ from .skim_logit import skim_logit  # noqa: E402
 from .skim_tokens import skim_tokens  # noqa: E402
 
 __all__ = [
+    "add_norm",
+    "choose_rows",
     "compact",
     "embed_tokens",
     "encoder_layer_",

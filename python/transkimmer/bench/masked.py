@@ -1,4 +1,4 @@
-"""Skimming by masks alone: padded, every layer on every token, in plain PyTorch and without `transkimmer_kernels`.
+"""Skimming by masks alone: padded, every layer on every token, in plain PyTorch, by no kernel of ours.
 
 Twice of use: with the decisions of a run, as the reference of its answers; and in training, as the published code does
 it, to be timed against.
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from transkimmer_kernels import choose_rows
+
 from ..architectures import Architecture, architecture_of, encoder_of, get
 from ..policies import logistic_noise
-from ..training_forward import choose_rows
 from .swap import swap_encoder
 
 
@@ -73,7 +74,8 @@ class PublishedTraining:
             decided = (noisy > 0).float() + (soft - soft.detach())
             keep = keep * torch.cat([torch.ones_like(decided[:, :1]), decided[:, 1:]], 1)  # the first is never scored
             hidden = self._layers.run(layer, hidden, mask[:, None, None, :], values_times=keep)
-            final = choose_rows(keep, hidden, final)
+            rows = (x.flatten(0, 1) for x in (keep, hidden, final))
+            final = choose_rows(*rows, kernels="reference").view_as(hidden)
             kept.append(keep.sum() / mask.sum())
         self.skim_loss = torch.stack(kept).mean()
         return final
