@@ -14,6 +14,7 @@ _HEADS = ("training", "λ", "decision", "dev", "− dense", "held out", "FLOPs �
 _HEADS += ("wall-clock ×", "**skim efficiency**", "seeds")
 _FORWARD_HEADS = (
     "training",
+    "λ",
     "dev, tokens removed",
     "dev, training forward",
     "same prediction",
@@ -96,6 +97,7 @@ def forward_lines(group: Sequence[Configuration]) -> list[str]:
     rows = [
         [
             found.training,
+            _weight(found),
             percent(found.mean("value")),
             percent(found.mean("forward_value")),
             percent(found.mean("forward_agreement")),
@@ -111,7 +113,7 @@ def _cells(found: Configuration) -> list[str]:
     kept, efficiency = found.tokens_kept, times(found.mean("skim_efficiency"))
     return [
         found.training,
-        NOTHING if found.skim_weight is None else f"{found.skim_weight:g}",
+        _weight(found),
         found.point,
         percent(found.mean("value")),
         points(over_dense(found)),
@@ -123,6 +125,10 @@ def _cells(found: Configuration) -> list[str]:
         efficiency if efficiency == NOTHING else f"**{efficiency}**",
         str(len(found.rows)),
     ]
+
+
+def _weight(found: Configuration) -> str:
+    return NOTHING if found.skim_weight is None else f"{found.skim_weight:g}"
 
 
 def over_dense(found: Configuration) -> Mean | None:

@@ -15,7 +15,7 @@ from transkimmer_kernels.tune import __main__ as tune
     [
         (
             ["--operators", "nonsense", "compact"],
-            r"--operators nonsense: must be among compact, embed_tokens, ragged",
+            r"--operators nonsense: must be among add_norm, choose_rows, compact, embed_tokens, ragged",
         ),
         (["--targets", "sm_1x"], r"argument --targets: 'sm_1x': must look like sm_80, sm_90, sm_100 or gfx942"),
         (["--targets", "sm_80", "90"], r"argument --targets: '90': must look like"),

@@ -5,8 +5,8 @@ and 8 bytes of statistics per row. PyTorch reads the sum once more.
 
 Backwards a program walks over rows and adds up, in registers, what weight and bias get from them; it writes that once,
 and the programs' parts are summed up afterwards, always in the same order. So the gradient and the sum are read once,
-where PyTorch's kernels read both twice, the second time column by column: of a training step of BERT-base on an H200 that
-alone took 6 % (docs/gpu.md has the times).
+where PyTorch's kernels read both twice, the second time column by column: of a training step of BERT-base that alone
+took 6 % on an H200 (docs/gpu.md has the times).
 """
 
 from __future__ import annotations
