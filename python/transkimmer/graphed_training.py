@@ -13,8 +13,7 @@ import operator
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from .training_forward import (
     TrainingResult,
     drawing_noise,
 )
-from .weights import Watch
+from .weights import Watch, leaves_of_its_own
 
 _MAX_GRAPHS = 64
 _STEP = 32  # tokens; sizes that differ by less are one
@@ -221,7 +220,7 @@ class GraphedTraining:
         with (
             self._engine.exclusive(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _leaves_of_its_own(modules, self._parameters) as leaves,
+            leaves_of_its_own(modules, self._parameters) as leaves,
         ):
             step = _Step(size, encoder, hidden, leaves)
             step.load(hidden.detach(), cu_seqlens, (encoder.temperature, encoder.noise))
@@ -369,26 +368,6 @@ class _Replay(torch.autograd.Function):
             ):
                 gradients[i] = copy
         return None, None, grad_hidden, None, *gradients
-
-
-@contextmanager
-def _leaves_of_its_own(
-    modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
-) -> Iterator[list[nn.Parameter]]:
-    """Inside, `modules` have other parameters of the same memory, those that stand for `parameters`.
-
-    Autograd accumulates a parameter's gradient on the stream where the parameter was first used, and remembers that as
-    long as any result is alive. After eager steps that may be a stream that is not captured, which ends the capture.
-    """
-    stand_ins = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
-    held = [(m, name, p) for m in modules for name, p in m._parameters.items() if id(p) in stand_ins]
-    try:
-        for module, name, p in held:
-            module._parameters[name] = stand_ins[id(p)]
-        yield [stand_ins[id(p)] for p in parameters]
-    finally:
-        for module, name, p in held:
-            module._parameters[name] = p
 
 
 def _draws_nothing(encoder: TrainingEncoder) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,24 @@ class Watch:
 
     def changed(self) -> bool:
         return self.moved() or self.versions() != self._versions
+
+
+@contextmanager
+def leaves_of_its_own(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Inside, `modules` have other parameters of the same memory, those that stand for `parameters`.
+
+    Autograd accumulates a parameter's gradient on the stream where the parameter was first used, and remembers that as
+    long as any result is alive. After eager steps that may be a stream that is not captured, which ends the capture.
+    """
+    stand_ins = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
+    held = [(m, name, p) for m in modules for name, p in m._parameters.items() if id(p) in stand_ins]
+    try:
+        for module, name, p in held:
+            module._parameters[name] = stand_ins[id(p)]
+        yield [stand_ins[id(p)] for p in parameters]
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p
 
 
 def _prepare(
