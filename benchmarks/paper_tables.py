@@ -16,6 +16,7 @@ import torch
 from transkimmer.flops import EncoderShape
 
 from . import accuracy_results
+from .accuracy_plots import WANTED
 from .accuracy_results import Configuration, Row
 from .accuracy_tables import percent, times
 from .model_tables import NOTHING, head, line
@@ -94,9 +95,15 @@ def _our_cells(found: Sequence[Configuration], task: str, family: str) -> list[l
 
 
 def _chosen(group: Iterable[Configuration], wanted: tuple[str, str, float | None]) -> Configuration | None:
-    """With the mode's own settings: rather one that was not pruned in training, and then the least skim weight."""
+    """With the mode's own settings: rather one that was not pruned in training, then of the speedup nearest to 2."""
     found = [one for one in group if (one.mode, one.decision, one.calibrated_to) == wanted]
-    return min(found, key=lambda one: bool(one.pruned), default=None)
+    return min(found, key=lambda one: (bool(one.pruned), _apart(one)), default=None)
+
+
+def _apart(point: Configuration) -> float:
+    speedup = point.mean("flops_speedup")
+    assert speedup is not None  # the column is never empty
+    return abs(speedup.value - WANTED)
 
 
 def _speedup(point: Configuration) -> str:

@@ -100,10 +100,11 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     """Every page with generated parts -> what it has to be."""
     devices = runs.load(results)
     readme = between(README.read_text(encoding="utf-8"), "results", "\n".join([*demo_lines(), ""]))
+    rows = accuracy_results.read(results / accuracy_results.NAME)
+    readme = between(readme, "accuracy", accuracy_tables.summary(rows))
     found = {README: between(readme, "headline", model_tables.headline(devices))}
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices) + single_runs()
-    rows = accuracy_results.read(results / accuracy_results.NAME)
     found[ROOT / "docs/accuracy.md"] = accuracy_tables.page(
         rows, accuracy_results.read_trials(results / accuracy_results.TRIALS)
     )

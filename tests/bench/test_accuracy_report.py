@@ -154,6 +154,13 @@ def test_devices_are_told_apart_but_not_processors(tmp_path: Path) -> None:
     assert everything is not None and everything.seeds == 3
 
 
+def test_the_summary_is_of_the_corrected_recipe_at_twice_the_speed(rows: list[accuracy_results.Row]) -> None:
+    *_, mrpc, rte = accuracy_tables.summary(rows).strip().splitlines()
+    assert rte == "| MiniLM | rte (accuracy) | 63.00 ± 1.41 | 62.00 ± 2.83 | -1.00 ± 1.41 | 1.90 | **0.95** | 2 | CPU |"
+    assert mrpc.startswith("| MiniLM | mrpc (f1) | 82.00 | 80.00 | -2.00 | – | – | 1 |")
+    assert accuracy_tables.summary([]).count("\n") == 2
+
+
 def test_other_columns_and_cut_off_rows(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.csv"
     path.write_text("task,seed\nrte,1\n", encoding="utf-8")
