@@ -99,7 +99,7 @@ def read_trials(path: Path) -> list[dict[str, str]]:
 
 def place(device: str | None) -> str:
     """Where rows of the same training may stand for one another: any CPU, or a kind of GPU."""
-    return "cpu" if device is None or device.startswith("cpu") else device
+    return "cpu" if not device or device.startswith("cpu") else device
 
 
 def _row(where: str, line: dict[str, Any]) -> Row:

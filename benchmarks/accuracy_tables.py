@@ -43,7 +43,8 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
         "largest difference is that of a logit, over the largest logit. Wall-clock is over our own dense run without",
         "padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the speedup of the FLOPs",
         "that both execute, in which the last layer is cut to the first token: somewhat less than `FLOPs ×`, the",
-        "paper's count.",
+        "paper's count. A curve of a seed ends where its threshold cannot be moved to the next speedup, so that points",
+        "further on are means over fewer seeds; wall-clock was not taken of every seed either.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):
@@ -171,4 +172,7 @@ def times(mean: Mean | None) -> str:
 def _where(group: Sequence[Configuration]) -> str:
     rows = [row for configuration in group for row in configuration.rows]
     devices, commits = ({row[name] for row in rows if row[name]} for name in ("device", "commit"))
-    return f"On {', '.join(sorted(devices)) or 'an unnamed device'}; commit {', '.join(sorted(commits)) or 'unknown'}."
+    plain = sum(row["bf16"] is False for row in rows)
+    mixed = f" {plain} of the {len(rows)} rows are of training in fp32, the others in bf16." if plain else ""
+    where, what = ", ".join(sorted(devices)) or "an unnamed device", ", ".join(sorted(commits)) or "unknown"
+    return f"On {where}; commit {what}.{mixed if plain < len(rows) else ''}"

@@ -89,7 +89,10 @@ def _our_cells(found: Sequence[Configuration], task: str, family: str) -> list[l
             cells = [f"{backbone}, {metric}", percent(accuracy_results.dense(group))]
             for wanted in (_CORRECTED, _PUBLISHED):
                 point = _chosen(group, wanted)
-                cells += [NOT_RUN, NOTHING] if point is None else [percent(point.mean("value")), _speedup(point)]
+                weight = "" if point is None or wanted != _PUBLISHED else f" (λ {point.skim_weight:g})"
+                cells += (
+                    [NOT_RUN, NOTHING] if point is None else [percent(point.mean("value")) + weight, _speedup(point)]
+                )
             lines.append(cells)
     return lines or [[NOT_RUN, *[NOTHING] * 5]]
 

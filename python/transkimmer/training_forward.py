@@ -53,7 +53,7 @@ class LayerDecisions:
     """What one layer decided on the n tokens that reached it.
 
     places: int32 [n], their rows in the encoder's input; cu_seqlens: int32 [sequences + 1], offsets in these rows;
-    keep: fp32 [n], 0 or 1, differentiable; logit: fp32 [n], None where nothing was decided.
+    keep: fp32 [n], 0 or 1, differentiable but in a graphed step; logit: fp32 [n], None where nothing was decided.
     """
 
     places: Tensor
@@ -187,6 +187,7 @@ def _is_plain_norm(module: nn.Module) -> bool:
     """Whether `add_norm` computes what calling the module does."""
     return (
         type(module) is nn.LayerNorm
+        and "forward" not in vars(module)
         and module.weight is not None
         and module.bias is not None
         and not any(map(vars(module).get, HOOKS))

@@ -157,6 +157,24 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+def test_weights_that_the_last_step_has_ruined_are_not_kept(
+    tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss is known before a step; what the last one makes of the weights, only afterwards."""
+    trained = SteadyTrainer.train
+
+    def ruined(self: SteadyTrainer, *args: object, **kwargs: object) -> object:
+        result = trained(self, *args, **kwargs)
+        next(self.model.parameters()).data.fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(SteadyTrainer, "train", ruined)
+    assert train(backbone, data, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "dense training stopped: the loss is nan after the last step. There is no good checkpoint;" in error
+    assert not (tmp_path / "run/dense/model").exists()
+
+
 def test_an_output_that_cannot_be_written(
     tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

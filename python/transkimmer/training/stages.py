@@ -49,15 +49,18 @@ def train_stage(
     )
     checkpoint = last_whole_checkpoint(folder)
     name = "skimming" if skimming else "dense"
+    finished = False
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_state()  # the curves, which the checkpoints take with them when they go
+        finished = True
+        trainer.check_outcome()
     except TrainingDiverged as error:
-        kept = last_whole_checkpoint(folder)
+        kept = None if finished else last_whole_checkpoint(folder)
         raise ValueError(
             f"{name} training stopped: {error}. "
-            + (f"The last good checkpoint is {kept}; " if kept else "There is no checkpoint yet; ")
-            + f"try a lower --{'' if skimming else 'dense-'}learning-rate"
+            + (f"The last good checkpoint is {kept}; " if kept else "There is no good checkpoint; ")
+            + f"try a lower --{'' if skimming else 'dense-'}learning-rate, in another --output"
         ) from error
     except (SafetensorError, RuntimeError) as error:
         if _is_disk_error(error):

@@ -129,6 +129,15 @@ class SteadyTrainer(Trainer):
             raise TrainingDiverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
         return loss
 
+    @torch.no_grad()
+    def check_outcome(self) -> None:
+        """TrainingDiverged where the weights of the last step, which no loss has seen, lead to none that is finite."""
+        assert self.model is not None
+        batch = self._prepare_inputs(next(iter(self.get_eval_dataloader(self.train_dataset))))
+        loss = float(cast(Tensor, self.compute_loss(self.model.eval(), batch)))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss} after the last step")
+
 
 class _SeededSampler(LengthGroupedSampler):
     """Groups of similar length, shuffled by seed and epoch alone."""

@@ -14,7 +14,7 @@ from ..checks import FLOATS, check_tensor
 
 
 def _fake(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape)
 
 
 def _fake_backward(
