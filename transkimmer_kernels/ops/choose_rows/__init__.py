@@ -52,7 +52,7 @@ define(
 
 
 def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Kept rows of `hidden`, a layer's output; of `final` the others, as they were when they left (METHODS 1.3).
+    """Kept rows of `hidden`, a layer's output; of `final` the others, as they were when they left.
 
     Values and gradients are those of final + keep * (hidden - final) in fp32, without the copies in fp32 that autograd
     would store for it. A row whose weight is NaN is taken from `hidden`, and gives NaN gradients.
