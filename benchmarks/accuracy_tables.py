@@ -173,6 +173,6 @@ def _where(group: Sequence[Configuration]) -> str:
     rows = [row for configuration in group for row in configuration.rows]
     devices, commits = ({row[name] for row in rows if row[name]} for name in ("device", "commit"))
     plain = sum(row["bf16"] is False for row in rows)
-    mixed = f" {plain} of the {len(rows)} rows are of training in fp32, the others in bf16." if plain else ""
+    mixed = f" {plain} of the {len(rows)} rows are of training in fp32, the others in bf16."
     where, what = ", ".join(sorted(devices)) or "an unnamed device", ", ".join(sorted(commits)) or "unknown"
-    return f"On {where}; commit {what}.{mixed if plain < len(rows) else ''}"
+    return f"On {where}; commit {what}.{mixed if 0 < plain < len(rows) else ''}"

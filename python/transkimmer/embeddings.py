@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from transkimmer_kernels import kernel_set
 
+from .architectures import is_plain_norm
+
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -84,10 +86,8 @@ def _are_plain(tables: list[Any], norm: Any) -> bool:
     """Whether these are PyTorch's own modules, without hooks."""
     return (
         all(type(table) is nn.Embedding and table.max_norm is None for table in tables)
-        and type(norm) is nn.LayerNorm
-        and norm.weight is not None
-        and norm.bias is not None
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in (*tables, norm))
+        and is_plain_norm(norm)
+        and not any(table._forward_hooks or table._forward_pre_hooks for table in tables)
     )
 
 

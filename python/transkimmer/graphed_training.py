@@ -24,9 +24,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transkimmer_kernels.ragged import first_of_each
 from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors
 
-from .architectures import get
+from .architectures import HOOKS, get
 from .training_forward import (
-    HOOKS,
     LayerDecisions,
     PackedSequences,
     TrainingEncoder,

@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from transkimmer_kernels import KernelSet
 
-from .architectures import Architecture, get
+from .architectures import Architecture, get, is_plain_norm
 from .config import SkimConfig
 from .policies import logistic_noise
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The logit from which a token is kept while no noise is drawn; None: decisions are drawn.
 _noiseless: ContextVar[float | None] = ContextVar("transkimmer_noiseless", default=None)
 
@@ -169,7 +168,7 @@ class TrainingEncoder:
     def _norm(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """module(x + residual)."""
         # On a CPU it would be the same operators as the module's.
-        if self.kernels.serves["add_norm"] == "triton" and _is_plain_norm(module):
+        if self.kernels.serves["add_norm"] == "triton" and is_plain_norm(module):
             y: Tensor = self.kernels.add_norm(x, residual, module.weight, module.bias, module.eps)[0]
             return y
         summed: Tensor = module(x if residual is None else x + residual)
@@ -181,17 +180,6 @@ class TrainingEncoder:
             return function(x)
         result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
         return result
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    """Whether `add_norm` computes what calling the module does."""
-    return (
-        type(module) is nn.LayerNorm
-        and "forward" not in vars(module)
-        and module.weight is not None
-        and module.bias is not None
-        and not any(map(vars(module).get, HOOKS))
-    )
 
 
 def drawing_noise() -> bool:
