@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -97,18 +98,24 @@ class SkimmingEncoder(nn.Module):
 
     def _infer(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         given = batch.hidden
-        dtype = given.dtype
-        if torch.is_autocast_enabled(given.device.type):
-            dtype = torch.get_autocast_dtype(given.device.type)
-        kernels = kernel_set(self.skim_kernels, given.device.type, dtype)
+        dtype, device_type = given.dtype, given.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        if autocast:
+            dtype = torch.get_autocast_dtype(device_type)
+        kernels = kernel_set(self.skim_kernels, device_type, dtype)
         weights = self.skim_weights.get(
             self, architecture, self.skim_predictors, kernels, dtype, self.skim_first_token_only
         )
         config = self.skim_config
         trace = Trace(record.layer_slots, record.layer_cu_seqlens)
-        with torch.no_grad():
+        wants_gradients = torch.is_grad_enabled()
+        # Contexts that are there already are not entered again: each costs as much as a small kernel.
+        with torch.no_grad() if wants_gradients else nullcontext():
             batch.hidden = given.detach().to(dtype, copy=True)
-            with torch.inference_mode(), torch.autocast(given.device.type, enabled=False):
+            with (
+                nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode(),
+                torch.autocast(device_type, enabled=False) if autocast else nullcontext(),
+            ):
                 policy: Policy | None
                 if not self.skim_enabled:
                     policy = None
@@ -127,9 +134,10 @@ class SkimmingEncoder(nn.Module):
                 )
             _show_first_token_in_front(batch.hidden, mask)
         output = batch.hidden.to(given.dtype)
-        trigger = next(self.parameters())
-        if torch.is_grad_enabled() and (given.requires_grad or trigger.requires_grad):
-            output = _NoBackward.apply(output, trigger)
+        if wants_gradients:
+            trigger = next(self.parameters())
+            if given.requires_grad or trigger.requires_grad:
+                output = _NoBackward.apply(output, trigger)
         return output
 
     def _train(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
@@ -211,7 +219,7 @@ def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
 
 def _known_to_start_in_front(mask: Tensor) -> bool:
     """Only a CPU is asked: a device would have to be waited for."""
-    return mask.device.type == "cpu" and bool(mask[:, 0].all())
+    return mask.device.type == "cpu" and all(mask[:, 0].tolist())  # numbers: an operator that reduces takes longer
 
 
 def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:

@@ -236,6 +236,32 @@ def test_what_failed_before_it_trained_leaves_its_folder_free(
     assert train(backbone, data, tmp_path / "run", "--limit", "8", "--mode", "dense", "--dense-epochs", "1") == 0
 
 
+def test_no_more_tokens_than_a_model_has_positions(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    positions = tiny("bert", "sequence").config.max_position_embeddings
+    message = f"--max-length 513: must be at most {positions}, the positions that the model has"
+    assert positions < 512
+    assert train(backbone, data, tmp_path / "run", "--max-length", "513") == 2
+    assert message in capsys.readouterr().err
+    evaluate = ["evaluate", "--model", str(backbone), "--task", "sst2", "--data", str(data)]
+    assert main([*evaluate, "--max-length", "513"]) == 2
+    assert message in capsys.readouterr().err
+    assert main(evaluate) == 0, "the default is for models with more positions, too"
+
+
+def test_a_model_of_another_task_is_judged_with_a_note(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / SETTINGS).write_text(json.dumps({"task": "rte", "recipe": {"max_length": 4}}), encoding="utf-8")
+    evaluate = ["evaluate", "--model", str(tmp_path), "--data", str(data), "--repeats", "0"]
+    assert main([*evaluate, "--task", "sst2"]) == 0
+    assert f"note: --model {tmp_path} was trained on RTE; --task is SST-2" in capsys.readouterr().err
+    assert not any("are cut to" in str(warning.message) for warning in recwarn), "how RTE was cut is no matter here"
+
+
 def test_there_has_to_be_something_to_resume(
     tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.environment import environment
 from ..bench.timing import paired_speedup, relative_spread, time_in_turn
 from ..bench.workload import Batch
-from ..data import positions_of
 from ..flops import EncoderShape, count_flops
 from ..skimming import skimming_of
 from ..tasks import TASKS, Task, load_split, task_named
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
     model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     examples = load_split(task, arguments.split, arguments.data)
-    max_length = min(recipe.max_length, positions_of(model.config))
+    max_length = recipe.longest(model.config)
     rows = kind.rows(examples, tokenizer, max_length, arguments.batch_size)
     batches, judge = rows.batches, kind.judge(rows.features, model)
     figures = figures_of(model, task, batches, arguments.repeats, judge)
@@ -124,8 +124,12 @@ def _trained_with(folder: Path, task: Task) -> dict[str, Any]:
     if not (folder / SETTINGS).is_file():
         return {}
     run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if run["task"] != task.name:
+        trained_on = task_named(run["task"]).title
+        print(f"note: --model {folder} was trained on {trained_on}; --task is {task.title}", file=sys.stderr)
+        return {}
     # A setting that did not exist when the run was begun had its default.
-    return {name: run["recipe"].get(name) for name in ("max_length", "doc_stride")} if run["task"] == task.name else {}
+    return {name: run["recipe"].get(name) for name in ("max_length", "doc_stride")}
 
 
 def model_folder(path: Path) -> Path:

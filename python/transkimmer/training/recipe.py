@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import SkimConfig
+from ..data import positions_of
 from ..flops import EncoderShape
 from ..tasks import QuestionTask, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Folder of a run, or of one of its stages, that holds the finished model.
 MODEL = "model"
@@ -104,6 +108,16 @@ class Recipe:
         if self.aim and shape is not None:
             config.skim_target = shape.share_at(self.flops_speedup)
         return config
+
+    def longest(self, config: PreTrainedConfig) -> int:
+        """Tokens that texts are cut to: `max_length`, but no more than fit the model.
+
+        Raises ValueError where more were asked for than fit, and than the default is.
+        """
+        positions = positions_of(config)
+        fits = self.max_length <= max(positions, Recipe.max_length)
+        self._need("max_length", fits, f"at most {positions}, the positions that the model has")
+        return min(self.max_length, positions)
 
     @property
     def distils(self) -> bool:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transkimmer_kernels.files import write_whole
 
 from ..bench.environment import environment
-from ..data import Features, padded_batches, positions_of
+from ..data import Features, padded_batches
 from ..flops import EncoderShape
 from ..loading import from_pretrained
 from ..outputs import final_states, logits_in
@@ -89,7 +89,7 @@ class Run:
 
     def rows_of(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Rows:
         """As a model with this configuration reads them to be evaluated."""
-        return self.kind.rows(examples, tokenizer, self._max_length(config), EVALUATION_BATCH)
+        return self.kind.rows(examples, tokenizer, self.recipe.longest(config), EVALUATION_BATCH)
 
     def dense_model(self, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model that skimming training starts from: a dense fine-tune, or the backbone as it is."""
@@ -102,7 +102,7 @@ class Run:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
         folder = self.output / "dense"
-        examples = self.kind.features(train, tokenizer, self._max_length(model.config))
+        examples = self.kind.features(train, tokenizer, self.recipe.longest(model.config))
         start = time.perf_counter()
         train_stage(model, tokenizer, examples, self.recipe, folder, skimming=False, save_steps=self.save_steps)
         self.seconds["dense"] = time.perf_counter() - start
@@ -122,7 +122,7 @@ class Run:
         folder = self.output / "skimming"
         if (folder / MODEL).is_dir():
             return from_pretrained(folder / MODEL, self.kind.auto_class)
-        examples = self.kind.features(train, tokenizer, self._max_length(dense.config))
+        examples = self.kind.features(train, tokenizer, self.recipe.longest(dense.config))
         if self.recipe.distils and self.recipe.warm_start:
             logits, states = lessons_of(dense, examples, tokenizer)
             # What no loss asks for would only travel with every batch.
@@ -181,9 +181,6 @@ class Run:
     def judged(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
         """By the task's metrics, as the model decides now."""
         return evaluate(model, rows.batches, self.kind.judge(rows.features, model))
-
-    def _max_length(self, config: PreTrainedConfig) -> int:
-        return min(self.recipe.max_length, positions_of(config))
 
     def _write(self, figures: dict[str, Any]) -> dict[str, Any]:
         curves = {stage: logged(self.output / stage) for stage in ("dense", "skimming")}

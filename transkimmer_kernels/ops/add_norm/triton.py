@@ -1,12 +1,12 @@
-"""`add_norm` in Triton: one kernel forwards, and one backwards for the gradients of the sum, the weight and the bias.
+"""`add_norm` in Triton: one kernel forwards, and two backwards for the gradients of the sum, the weight and the bias.
 
 Forwards a program takes a few rows: it reads both operands, writes the sum, which the backward needs, and the result;
 and 8 bytes of statistics per row. PyTorch reads the sum once more.
 
 Backwards a program walks over rows and adds up, in registers, what weight and bias get from them; it writes that once,
-and the programs' parts are summed up afterwards, always in the same order. So the gradient and the sum are read once,
-where PyTorch's kernels read both twice, the second time column by column: of a training step of BERT-base that alone
-took 6 % on an H200 (docs/gpu.md has the times).
+and a second kernel sums up the programs' parts, always in the same order, and casts the sums. So the gradient and the
+sum are read once, where PyTorch's kernels read both twice, the second time column by column: of a training step of
+BERT-base that alone took 6 % on an H200 (docs/gpu.md has the times).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from . import sum_dtype
 
 _TILE, _BACKWARD_TILE = 4096, 2048  # elements that a program has in hand
 _PROGRAMS = 4  # of the backward, per multiprocessor
+_PARTS, _COLUMNS = 128, 32  # of the programs' parts, that are in hand at a time: a line of each
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -110,6 +111,31 @@ def add_norm_backward_kernel(
     tl.store(p_part + SIZE, tl.sum(b_to_bias, 0), mask=m_col)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(
+    p_grad_weight,  # [SIZE], written
+    p_grad_bias,  # [SIZE], written
+    p_parts,  # fp32 [parts, 2, SIZE]
+    parts,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sums of all parts, in the order of the programs. Grid: column tiles of both gradients, side by side."""
+    o_col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m_col = o_col < 2 * SIZE
+    b_sum = tl.zeros((PARTS, COLUMNS), tl.float32)
+    for first in range(0, parts, PARTS):
+        o_part = (first + tl.arange(0, PARTS)).to(tl.int64)
+        m_part = (o_part < parts)[:, None] & m_col[None, :]
+        b_sum += tl.load(p_parts + o_part[:, None] * 2 * SIZE + o_col[None, :], mask=m_part, other=0.0)
+    b_total = tl.sum(b_sum, 0)
+    m_weight = o_col < SIZE
+    tl.store(p_grad_weight + o_col, b_total.to(p_grad_weight.dtype.element_ty), mask=m_weight)
+    o_bias = o_col - SIZE
+    tl.store(p_grad_bias + o_bias, b_total.to(p_grad_bias.dtype.element_ty), mask=m_col & (o_bias >= 0))
+
+
 def _shape(size: int, tile: int = _TILE) -> dict[str, int]:
     block = triton.next_power_of_2(size)
     return {"ROWS": max(1, tile // block), "BLOCK": block, "num_warps": min(max(4, block // 256), 16)}
@@ -151,8 +177,11 @@ def add_norm_backward(grad: Tensor, total: Tensor, statistics: Tensor, weight: T
             SIZE=size,
             **shape,
         )
-    grad_weight, grad_bias = parts.sum(0).to(weight.dtype).unbind()
-    return grad_total, grad_weight.clone(), grad_bias.clone()
+        grad_weight, grad_bias = weight.new_empty(size), weight.new_empty(size)
+        sum_parts_kernel[(triton.cdiv(2 * size, _COLUMNS),)](
+            grad_weight, grad_bias, parts, programs, SIZE=size, PARTS=_PARTS, COLUMNS=_COLUMNS, num_warps=4
+        )
+    return grad_total, grad_weight, grad_bias
 
 
 # ---- what is compiled ahead of time
@@ -162,20 +191,24 @@ def specialisations() -> Iterator[Specialisation]:
     """At the usual widths in every dtype, with a residual and without, and as under autocast."""
     for kind in ("fp32", "bf16", "fp16"):
         for size in (384, 768, 1024):
-            yield _specialisation(f"{size} {kind}", add_norm_kernel, size, kind)
-            yield _specialisation(f"{size} {kind} backward", add_norm_backward_kernel, size, kind)
-        yield _specialisation(f"768 {kind} alone", add_norm_kernel, 768, kind, alone=True)
+            forward, backward = _shape(size), _shape(size, _BACKWARD_TILE)
+            yield _specialisation(f"{size} {kind}", add_norm_kernel, size, kind, forward)
+            yield _specialisation(f"{size} {kind} backward", add_norm_backward_kernel, size, kind, backward)
+        tile = {"PARTS": _PARTS, "COLUMNS": _COLUMNS, "num_warps": 4}
+        yield _specialisation(f"768 {kind} parts", sum_parts_kernel, 768, kind, tile)
+        alone = {"p_total": None, "p_residual": None, **_shape(768)}
+        yield _specialisation(f"768 {kind} alone", add_norm_kernel, 768, kind, alone)
     mixed = dict.fromkeys(("p_y", "p_total", "p_residual", "p_weight", "p_bias"), "*fp32")
-    yield _specialisation("768 autocast", add_norm_kernel, 768, "bf16", mixed)
+    yield _specialisation("768 autocast", add_norm_kernel, 768, "bf16", _shape(768), mixed)
 
 
 def _specialisation(
-    name: str, kernel: Any, size: int, kind: str, types: dict[str, str] | None = None, *, alone: bool = False
+    name: str, kernel: Any, size: int, kind: str, options: dict[str, Any], types: dict[str, str] | None = None
 ) -> Specialisation:
-    shape = _shape(size, _TILE if kernel is add_norm_kernel else _BACKWARD_TILE)
-    absent: dict[str, Any] = {"p_total": None, "p_residual": None} if alone else {}
-    constants = {**absent, "SIZE": size, "ROWS": shape["ROWS"], "BLOCK": shape["BLOCK"]}
-    known = {"p_statistics": "*fp32", "p_parts": "*fp32", "rows": "i32", "eps": "fp32"} | (types or {})
+    """options: constants of the kernel, besides its size, and the number of warps."""
+    constants = {"SIZE": size, **options}
+    num_warps = constants.pop("num_warps")
+    known = {"p_statistics": "*fp32", "p_parts": "*fp32", "rows": "i32", "parts": "i32", "eps": "fp32"} | (types or {})
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     return Specialisation(
         name=f"add_norm {name}",
@@ -183,7 +216,7 @@ def _specialisation(
         signature={argument: known.get(argument, f"*{kind}") for argument in arguments},
         constants=constants,
         aligned=tuple(argument for argument in arguments if argument.startswith("p_")),
-        num_warps=shape["num_warps"],
+        num_warps=num_warps,
         num_stages=3,
         matmul=False,
     )
