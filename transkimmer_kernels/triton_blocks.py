@@ -1,4 +1,4 @@
-"""What several Triton backends share: a search in the offsets, and the size of the device they run on."""
+"""What several Triton backends share: a search in the offsets, LayerNorm, and the size of the device they run on."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def lower_bound(p_cu_seqlens, batch, value):
         low += tl.where(tl.load(p_cu_seqlens + low + half - 1) < value, half, 0)
         span -= half
     return low + (tl.load(p_cu_seqlens + low) < value).to(tl.int32)
+
+
+@triton.jit
+def centre(b_x, m_col, eps, SIZE: tl.constexpr):
+    """Rows of SIZE numbers in fp32 [R, N], zeros in columns behind them: around their mean [R, N], the mean [R] and
+    1 / standard deviation [R].
+
+    The rows are in registers, so that the variance is taken around the mean: with BERT's eps of 1e-12 the difference of
+    two large sums would be noise.
+    """
+    b_mean = tl.sum(b_x, 1) / SIZE
+    b_centred = tl.where(m_col[None, :], b_x - b_mean[:, None], 0.0)
+    return b_centred, b_mean, tl.rsqrt(tl.sum(b_centred * b_centred, 1) / SIZE + eps)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_blocks import multiprocessors
+from ...triton_blocks import centre, multiprocessors
 from ...triton_support import Specialisation
 from . import sum_dtype
 
@@ -57,10 +57,7 @@ def add_norm_kernel(
         b_total = b_x.to(p_total.dtype.element_ty)
         tl.store(p_total + o_x, b_total, mask=m_x)
         b_x = b_total.to(tl.float32)
-    b_mean = tl.sum(b_x, 1) / SIZE
-    # Around the mean: with BERT's eps of 1e-12 the difference of two large sums would be noise.
-    b_x = tl.where(m_col[None, :], b_x - b_mean[:, None], 0.0)
-    b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / SIZE + eps)
+    b_x, b_mean, b_scale = centre(b_x, m_col, eps, SIZE)
     b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
     b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
     b_y = b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_blocks import multiprocessors
+from ...triton_blocks import centre, multiprocessors
 from ...triton_support import Specialisation
 
 _ROWS = 2
@@ -96,10 +96,7 @@ def norm_kernel(
             b_x = sum_of_parts(*parts, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
         else:
             b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-        # The row is in registers, so the variance is taken around the mean: with BERT's eps of 1e-12 the difference of
-        # two large sums would be noise.
-        b_x = tl.where(m_col[None, :], b_x - (tl.sum(b_x, 1) / SIZE)[:, None], 0.0)
-        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / SIZE + eps)
+        b_x, _, b_scale = centre(b_x, m_col, eps, SIZE)
         b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
         b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
         b_y = b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]

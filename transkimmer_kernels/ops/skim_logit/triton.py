@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_blocks import multiprocessors
+from ...triton_blocks import centre, multiprocessors
 from ...triton_support import Specialisation
 from ...tuning import Tunable
 from ..ragged_linear.norms import normalise, sum_of_parts
@@ -67,9 +67,7 @@ def _logit(b_inner, m_n, b_weight, b_bias, b_out_weight, b_out_bias, eps, M: tl.
 
     EXACT: GELU by erf, else by an expression whose error is lost in 16 bits.
     """
-    b_mean = tl.sum(tl.where(m_n[None, :], b_inner, 0), 1) / M
-    b_centred = tl.where(m_n[None, :], b_inner - b_mean[:, None], 0)
-    b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / M + eps)
+    b_centred, _, b_scale = centre(tl.where(m_n[None, :], b_inner, 0), m_n, eps, M)
     b_normed = b_centred * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
     if EXACT:  # noqa: SIM108 (no expression in a kernel)
         b_gelu = b_normed * (0.5 + 0.5 * tl.erf(b_normed * 0.7071067811865476))
