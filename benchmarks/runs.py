@@ -47,13 +47,19 @@ def load(folder: Path) -> list[Device]:
 
 
 def merge(name: str, documents: Iterable[dict[str, Any]]) -> Device:
-    device, newest = Device(name), {}
+    """The newest row of each contender; of a workload that was timed over more batches or fewer, the last time's rows."""
+    device, newest, batches = Device(name), {}, {}
     for document in sorted(documents, key=lambda document: document["date"]):
         device.environments[document["commit"]] = document["environment"]
         for row in document["rows"]:
             newest[json.dumps([row["kind"], row["workload"], row["contender"]], sort_keys=True)] = row
-    device.rows = list(newest.values())
+            batches[_but_for_batches(row)] = row["workload"].get("batches")
+    device.rows = [row for row in newest.values() if row["workload"].get("batches") == batches[_but_for_batches(row)]]
     return device
+
+
+def _but_for_batches(row: Row) -> str:
+    return json.dumps([row["kind"], {**row["workload"], "batches": None}], sort_keys=True)
 
 
 def short_name(contender: str) -> str:

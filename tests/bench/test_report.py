@@ -50,7 +50,8 @@ def documents() -> list[dict[str, Any]]:
     new = {"date": "2026-02-02T00:00:00", "commit": "bbb", "environment": ENVIRONMENT}
     old = {"date": "2026-01-01T00:00:00", "commit": "aaa", "environment": ENVIRONMENT}
     stale = copy.deepcopy(rows[0]) | {"skim_efficiency": 0.11, "median_s": 99.0}
-    return [new | {"rows": [*rows, absent, profile, *training]}, old | {"rows": [stale]}]
+    fewer = copy.deepcopy(stale) | {"workload": workload(batch_size=1, batches=2)}
+    return [new | {"rows": [*rows, absent, profile, *training]}, old | {"rows": [stale, fewer]}]
 
 
 @pytest.fixture
