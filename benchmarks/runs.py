@@ -47,7 +47,7 @@ def load(folder: Path) -> list[Device]:
 
 
 def merge(name: str, documents: Iterable[dict[str, Any]]) -> Device:
-    """The newest row of each contender; of a workload that was timed over more batches or fewer, the last time's rows."""
+    """The newest row of each contender; of a workload that was timed over other numbers of batches, the last time's."""
     device, newest, batches = Device(name), {}, {}
     for document in sorted(documents, key=lambda document: document["date"]):
         device.environments[document["commit"]] = document["environment"]
