@@ -49,8 +49,8 @@ class SchedulePolicy:
     ) -> None:
         self.predictors = predictors
         self.kernels = kernels
-        # By layer, and by position in the list that the encoder starts with.
-        self.keep = torch.zeros(len(ratios), batch.capacity, dtype=torch.bool, device=batch.slots.device).unbind()
+        # By position in the list that the encoder starts with: [layers, capacity].
+        self.keep = torch.zeros(len(ratios), batch.capacity, dtype=torch.bool, device=batch.slots.device)
         self.slots, self.cu_seqlens = batch.slots, batch.cu_seqlens
         if batch.batch == 0:
             return
@@ -63,7 +63,7 @@ class SchedulePolicy:
         depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
         position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
         layer = torch.arange(len(ratios), device=token.device)
-        self.keep = (depths[lengths[sequence], position] > layer[:, None]).unbind()
+        self.keep = depths[lengths[sequence], position] > layer[:, None]
 
     def __call__(self, layer: int, batch: Ragged) -> None:
         self.predictors[layer].logit(batch, self.kernels)
