@@ -58,12 +58,12 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
 def summary(rows: Sequence[accuracy_results.Row]) -> str:
     """The README's table: `corrected` at the FLOPs speedup of `accuracy_plots.WANTED`, wherever it was trained."""
     wanted = accuracy_plots.WANTED
-    table = head(("backbone", "task", "dense", f"at FLOPs × {wanted:g}", "− dense", *_HEADS[-3:], "trained on"))
+    table = head(("backbone", "task", "training", "dense", f"at FLOPs × {wanted:g}", "− dense", *_HEADS[-3:]))
     for found in sorted(accuracy_results.configurations(rows), key=lambda one: (one.backbone, one.task)):
         if (found.mode, found.calibrated_to) == ("corrected", wanted):
-            dense, place = found.mean("dense"), "CPU" if found.place == "cpu" else found.place
-            cells = [found.backbone, f"{found.task} ({found.metric})", percent(dense), percent(found.mean("value"))]
-            table.append(line([*cells, points(over_dense(found)), *_cells(found)[-3:], place]))
+            cells = [found.backbone, f"{found.task} ({found.metric})", found.training]
+            cells += [percent(found.mean("dense")), percent(found.mean("value")), points(over_dense(found))]
+            table.append(line([*cells, *_cells(found)[-3:]]))
     return "\n".join([*table, ""])
 
 

@@ -148,7 +148,11 @@ class Skimming:
         return self._forward.why_eager
 
     def refresh(self) -> None:
-        """Prepares the kernels' copy of the weights anew; needed only after writing through `param.data` in place."""
+        """Prepares the kernels' copy of the weights anew.
+
+        Needed only after changes that nothing counts, in eval mode: writing in place through `param.data` or a tensor
+        that once was it, a fused optimizer's step, another `eps` of a LayerNorm.
+        """
         self._encoder.skim_weights.clear()
 
 

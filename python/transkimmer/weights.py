@@ -32,7 +32,7 @@ class WeightCache:
     A parameter counts as changed when it is another object, or its storage or version counter is another:
     assignments, `load_state_dict`, `.to()` and in-place operations are seen. Fused optimizers do not count their
     steps, so the encoder also clears the cache whenever it trains or is switched between modes. Writing through
-    `param.data` in eval mode is not seen.
+    `param.data` in eval mode is not seen, nor is a fused optimizer's step there, nor another eps of a LayerNorm.
     """
 
     def __init__(self) -> None:
@@ -82,6 +82,7 @@ class Watch:
         self._tables = [t for _, m in self.modules for t in (m._modules, m._parameters, m._buffers) if t]
         self._sizes, self._values = list(map(len, self._tables)), list(self._listed())
         self._parameters = list(module.parameters())
+        self._kept = [p.detach() for p in self._parameters]  # so that nothing new comes to lie where they do
         # An inference tensor has no version counter, and no way to be changed outside of inference mode.
         self._counting = [p for p in self._parameters if not p.is_inference()]
         self._places, self._versions = self._read_places(), self.versions()
@@ -123,6 +124,7 @@ def leaves_of_its_own(modules: Sequence[nn.Module], parameters: Sequence[nn.Para
             module._parameters[name] = p
 
 
+@torch.compiler.disable  # weights are packed by kernels that a compiler cannot trace, and not in every forward
 def _prepare(
     encoder: nn.Module,
     architecture: Architecture,

@@ -343,6 +343,8 @@ def test_rows_are_stored_by_device_day_and_commit(
     path.write_text(json.dumps(document), encoding="utf-8")
     assert run(folder, "--batch-size", 3, "--results", tmp_path) == 2
     assert "holds rows of another environment" in capsys.readouterr().err
+    assert run(folder, "--batch-size", 3, "--results", path) == 2
+    assert f"--results {path}: must be a folder" in capsys.readouterr().err
 
 
 def test_figures_stay_where_a_contender_is_left_out_later() -> None:

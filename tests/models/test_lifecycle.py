@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
 )
 from transkimmer import SkimConfig, add_skimming, from_pretrained, record_skimming, remove_skimming
+from transkimmer.weights import Watch
 
 from transkimmer_kernels import BackendUnavailable
 
@@ -101,6 +102,32 @@ def test_weights_are_prepared_anew_when_they_change() -> None:
 
 
 @torch.no_grad()
+def test_nothing_new_lies_where_a_watched_parameter_did() -> None:
+    """A second `param.data = ...` would otherwise find the address that the first one left, and look like no change."""
+    layer = torch.nn.Linear(8, 8)
+    watch = Watch(layer)
+    place = layer.weight.data_ptr()
+    layer.weight.data = layer.weight.data.clone()
+    assert all(x.data_ptr() != place for x in [torch.empty(8, 8) for _ in range(200)])
+    assert watch.moved()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@torch.no_grad()
+def test_a_compiled_model_need_not_have_run_before() -> None:
+    """Weights are prepared outside of what is traced, at first and when they have changed."""
+    inputs = padded_inputs()
+    for kernels in KERNELS:
+        model = add_skimming(tiny("bert", "sequence"), kernels=kernels)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(2):
+            out = compiled(**inputs).logits
+            torch.testing.assert_close(out, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+
 def test_kernels_can_be_switched_on_a_live_model() -> None:
     model = add_skimming(tiny("bert", "sequence"))
     undecided_predictors(model)

@@ -107,6 +107,22 @@ def test_a_picture_of_texts(
     assert f"--png {picture}: needs matplotlib" in capsys.readouterr().err
 
 
+def test_texts_are_shown_as_they_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their tokenizer, like many a saved one, knows no limit."""
+    add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "dog " * 200 + "\t1\n", encoding="utf-8")
+    evaluate = ["evaluate", "--model", str(tmp_path / "model"), "--task", "sst2", "--data", str(tmp_path)]
+    page = tmp_path / "page.html"
+    for options, words in (
+        ([], tiny("bert", "sequence").config.max_position_embeddings - 2),
+        (["--max-length", "8"], 6),
+    ):
+        assert main([*evaluate, "--repeats", "0", "--html", str(page), *options]) == 0
+        assert page.read_text(encoding="utf-8").count("dog") == words
+    capsys.readouterr()
+
+
 class _Killed(BaseException):
     """Not caught by anything, like a signal."""
 
@@ -240,12 +256,12 @@ def test_no_more_tokens_than_a_model_has_positions(
     tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     positions = tiny("bert", "sequence").config.max_position_embeddings
-    message = f"--max-length 513: must be at most {positions}, the positions that the model has"
+    message = f"--max-length {positions + 1}: must be at most {positions}, the positions that the model has"
     assert positions < 512
-    assert train(backbone, data, tmp_path / "run", "--max-length", "513") == 2
+    assert train(backbone, data, tmp_path / "run", "--max-length", str(positions + 1)) == 2
     assert message in capsys.readouterr().err
     evaluate = ["evaluate", "--model", str(backbone), "--task", "sst2", "--data", str(data)]
-    assert main([*evaluate, "--max-length", "513"]) == 2
+    assert main([*evaluate, "--max-length", str(positions + 1)]) == 2
     assert message in capsys.readouterr().err
     assert main(evaluate) == 0, "the default is for models with more positions, too"
 

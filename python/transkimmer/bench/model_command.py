@@ -90,7 +90,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     slow = arguments.slow
     if slow is None:
         slow = math.inf if device_of(arguments) == "cuda" else HOPELESS
-    if slow <= 1:
+    if not slow > 1:  # nor NaN
         raise ValueError(f"--slow {slow}: must be above 1")
     return Limits(slow, arguments.budget)
 

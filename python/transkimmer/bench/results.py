@@ -78,6 +78,8 @@ class Store:
         head = document(device, [])
         self._targets: list[tuple[Path, list[dict[str, Any]]]] = [] if file is None else [(file, [])]
         if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--results {folder}: must be a folder, or a place for one")
             path = folder / head["device"] / f"{head['date'][:10]}-{head['commit']}.json"
             if file is not None and file.resolve() == path.resolve():
                 raise ValueError(f"--json {file}: must be another file than that of --results")

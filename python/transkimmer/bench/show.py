@@ -79,13 +79,18 @@ class Word(NamedTuple):
 
 @torch.no_grad()
 def word_depths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None = None,
+    max_length: int | None = None,
 ) -> tuple[list[Word], int | float]:
     """(words, predicted class or, of a head with one output, number); a word is read as long as any piece of it.
 
-    The words of a second text, `pair`, follow those of the first.
+    The words of a second text, `pair`, follow those of the first. max_length: tokens that are read; None: as many as
+    the tokenizer says.
     """
-    encoding = tokenizer(text, pair, return_tensors="pt", truncation=True)
+    encoding = tokenizer(text, pair, return_tensors="pt", truncation=True, max_length=max_length)
     with record_skimming() as records:
         logits = model(**encoding).logits
     predicted = int(logits.argmax()) if logits.numel() > 1 else float(logits)
@@ -139,10 +144,11 @@ def print_sentences(
     texts: Sequence[str | tuple[str, str | None]],
     class_names: Sequence[str],
     gold: Sequence[float] | None = None,
+    max_length: int | None = None,
 ) -> None:
     """Prints texts, or pairs of them, each behind what the model takes it for; with `gold` below that and the label.
 
-    class_names: none where a number is predicted.
+    class_names: none where a number is predicted. max_length: as in `word_depths`.
     """
     layers = model.config.num_hidden_layers
     numbers = console.color_system is None
@@ -151,7 +157,8 @@ def print_sentences(
     else:
         console.print(legend(layers))
     for place, text in enumerate(texts):
-        words, predicted = word_depths(model, tokenizer, *((text,) if isinstance(text, str) else text))
+        text, pair = (text, None) if isinstance(text, str) else text
+        words, predicted = word_depths(model, tokenizer, text, pair, max_length)
         line = sentence_line(words, layers, numbers=numbers)
         if gold is None:
             console.print(Text(f"{class_names[int(predicted)]:>9}  ").append_text(line))

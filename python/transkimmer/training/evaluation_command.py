@@ -248,7 +248,7 @@ def _write_html(
         elif isinstance(kind, TextKind):
             texts = [(example.text, example.pair) for example in examples[:SHOWN]]
             gold = [example.label for example in examples[:SHOWN]]
-            show.print_sentences(console, model, tokenizer, texts, kind.task.classes, gold)
+            show.print_sentences(console, model, tokenizer, texts, kind.task.classes, gold, max_length)
     show.save_html(console, path)
 
 
@@ -265,7 +265,7 @@ def _draw(
             texts.append(picture.ColouredText(found.shown_words(), title, found.marked_words()))
     elif isinstance(kind, TextKind):
         for example in examples[:DRAWN]:
-            words, predicted = show.word_depths(model, tokenizer, example.text, example.pair)
+            words, predicted = show.word_depths(model, tokenizer, example.text, example.pair, max_length)
             title = show.answer_names(predicted, example.label, kind.task.classes)
             texts.append(picture.ColouredText(words, title))
     picture.draw(path, [text for text in texts if text.words], model.config.num_hidden_layers)

@@ -84,6 +84,7 @@ class Recipe:
         self._need("predictor_learning_rate", self.predictor_learning_rate <= 1, "at most 1")
         for name in ("batch_size", "gradient_accumulation"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
+        self._need("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1")
         self._need("max_length", self.max_length >= 4, "at least 4")
         self._need("doc_stride", self.doc_stride is None or self.doc_stride >= 0, "at least 0")
         self._need("limit", self.limit is None or self.limit >= 4, "at least 4")
@@ -112,10 +113,10 @@ class Recipe:
     def longest(self, config: PreTrainedConfig) -> int:
         """Tokens that texts are cut to: `max_length`, but no more than fit the model.
 
-        Raises ValueError where more were asked for than fit, and than the default is.
+        Raises ValueError where more were asked for than fit; the defaults are for models with fewer positions, too.
         """
         positions = positions_of(config)
-        fits = self.max_length <= max(positions, Recipe.max_length)
+        fits = self.max_length <= positions or self.max_length in (Recipe.max_length, QuestionTask.max_length)
         self._need("max_length", fits, f"at most {positions}, the positions that the model has")
         return min(self.max_length, positions)
 
