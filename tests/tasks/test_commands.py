@@ -266,6 +266,16 @@ def test_no_more_tokens_than_a_model_has_positions(
     assert main(evaluate) == 0, "the default is for models with more positions, too"
 
 
+def test_training_does_not_start_from_a_skimming_model(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    assert train(backbone, data, tmp_path / "run", "--dense", str(tmp_path / "model")) == 2
+    assert f"--dense {tmp_path / 'model'}: is a skimming model; must be" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_of_another_task_is_judged_with_a_note(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

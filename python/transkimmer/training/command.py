@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from ..arguments import MODEL, check_folder, check_pretrained
+from ..skimming import CONFIG_KEY
 from ..tasks import TASKS, task_named
 from .recipe import CALIBRATIONS, MODES, Recipe, recipe_of
 
@@ -104,7 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--save-steps {arguments.save_steps}: must be at least 1")
     needed = (*MODEL, "tokenizer")
     if arguments.dense is not None:
-        check_folder("--dense", str(arguments.dense), needed, "a folder with a dense fine-tune")
+        allowed = "a folder with a dense fine-tune"
+        check_folder("--dense", str(arguments.dense), needed, allowed)
+        if CONFIG_KEY in json.loads((arguments.dense / "config.json").read_text(encoding="utf-8")):
+            raise ValueError(f"--dense {arguments.dense}: is a skimming model; must be {allowed}")
     if arguments.dense is None or not recipe.warm_start:
         check_pretrained("--backbone", arguments.backbone, needed)
     places = (arguments.backbone, arguments.output, arguments.data, arguments.dense)
