@@ -21,6 +21,7 @@ from transkimmer import SkimConfig, add_skimming, from_pretrained, record_skimmi
 from transkimmer.weights import Watch
 
 from transkimmer_kernels import BackendUnavailable
+from transkimmer_kernels.triton_support import interpreted
 
 from .tiny import ARCHITECTURES, HEADS, KERNELS, config_of, padded_inputs, tiny, undecided_predictors
 
@@ -112,6 +113,7 @@ def test_nothing_new_lies_where_a_watched_parameter_did() -> None:
     assert watch.moved()
 
 
+@pytest.mark.skipif(interpreted(), reason="the compiler would trace Triton's interpreter, which is Python")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @torch.no_grad()
 def test_a_compiled_model_need_not_have_run_before() -> None:
