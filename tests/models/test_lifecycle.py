@@ -102,7 +102,6 @@ def test_weights_are_prepared_anew_when_they_change() -> None:
     assert torch.allclose(changed, remove_skimming(model)(**inputs).logits, atol=1e-5)
 
 
-@torch.no_grad()
 def test_nothing_new_lies_where_a_watched_parameter_did() -> None:
     """A second `param.data = ...` would otherwise find the address that the first one left, and look like no change."""
     layer = torch.nn.Linear(8, 8)
@@ -130,6 +129,7 @@ def test_a_compiled_model_need_not_have_run_before() -> None:
                 parameter.mul_(1.1)
 
 
+@torch.no_grad()
 def test_kernels_can_be_switched_on_a_live_model() -> None:
     model = add_skimming(tiny("bert", "sequence"))
     undecided_predictors(model)

@@ -107,7 +107,7 @@ def test_a_picture_of_texts(
     assert f"--png {picture}: needs matplotlib" in capsys.readouterr().err
 
 
-def test_texts_are_shown_as_they_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_shown_as_they_were_cut(tmp_path: Path) -> None:
     """Their tokenizer, like many a saved one, knows no limit."""
     add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
@@ -120,7 +120,6 @@ def test_texts_are_shown_as_they_were_cut(tmp_path: Path, capsys: pytest.Capture
     ):
         assert main([*evaluate, "--repeats", "0", "--html", str(page), *options]) == 0
         assert page.read_text(encoding="utf-8").count("dog") == words
-    capsys.readouterr()
 
 
 class _Killed(BaseException):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from ..arguments import MODEL, check_folder, check_pretrained
@@ -94,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # These need accelerate, which only training does.
     from accelerate import PartialState
+    from transformers import AutoConfig
 
     from .output import prepare_output, summary
     from .run import RUN, Run
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dense is not None:
         allowed = "a folder with a dense fine-tune"
         check_folder("--dense", str(arguments.dense), needed, allowed)
-        if CONFIG_KEY in json.loads((arguments.dense / "config.json").read_text(encoding="utf-8")):
+        if hasattr(AutoConfig.from_pretrained(arguments.dense), CONFIG_KEY):
             raise ValueError(f"--dense {arguments.dense}: is a skimming model; must be {allowed}")
     if arguments.dense is None or not recipe.warm_start:
         check_pretrained("--backbone", arguments.backbone, needed)
