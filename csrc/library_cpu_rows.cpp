@@ -1,5 +1,5 @@
-// Registration of the CPU operators that go row by row: row movement, LayerNorm, and what stands around a
-// matrix product.
+// Registration of the CPU operators that go row by row: row movement, LayerNorm, embeddings, and what stands
+// around a matrix product.
 //
 // Composed in Python, each of these operators would be three or four calls. A call that takes 3 us in a tight
 // loop takes about 25 us between two products, which leave no cache with anything but weights: with twelve
@@ -9,8 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu_checks.h"
 #include "cpu_norms.h"
@@ -94,6 +96,73 @@ void ragged_linear_norm_(const Tensor& hidden, const Tensor& slots, const Tensor
   cpu::add_layer_norm_(hidden, index, y, residual, nullptr, {norm_weight, norm_bias, eps}, s.count);
 }
 
+// ids [batch, seq], or [1, seq] for every sequence, as the rows of `table` that they name.
+std::vector<int32_t> rows_of(const Tensor& ids, const char* name, int64_t batch, int64_t seq,
+                             const Tensor& table) {
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  check_tensor(ids, name, 2, wide ? ScalarType::Long : ScalarType::Int);
+  STD_TORCH_CHECK((ids.size(0) == batch || ids.size(0) == 1) && ids.size(1) == seq, name, " has shape ",
+                  shape_of(ids), "; expected [", batch, " or 1, ", seq, "]");
+  const int64_t rows = std::min<int64_t>(table.size(0), int64_t{INT32_MAX} + 1);
+  const int64_t next_sequence = ids.size(0) == 1 ? 0 : ids.stride(0), next_token = ids.stride(1);
+  const void* data = ids.const_data_ptr();
+  std::vector<int32_t> found;
+  found.reserve(batch * seq);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t s = 0; s < seq; ++s) {
+      const int64_t at = b * next_sequence + s * next_token;
+      const int64_t id = wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+      STD_TORCH_CHECK(id >= 0 && id < rows, name, "[", b, ", ", s, "] is ", id, "; it must lie in [0, ", rows,
+                      ")");
+      found.push_back(static_cast<int32_t>(id));
+    }
+  }
+  return found;
+}
+
+// Places 0, 1, ... seq - 1 of every sequence.
+std::vector<int32_t> places(int64_t batch, int64_t seq, const Tensor& table) {
+  STD_TORCH_CHECK(seq <= table.size(0), "input_ids has ", seq, " tokens a sequence; position_weight has ",
+                  table.size(0), " rows");
+  std::vector<int32_t> found(batch * seq);
+  for (int64_t i = 0; i < batch * seq; ++i) found[i] = static_cast<int32_t>(i % seq);
+  return found;
+}
+
+Tensor embed_tokens(const Tensor& input_ids, const OptionalTensor& position_ids,
+                    const OptionalTensor& token_type_ids, const Tensor& word_weight,
+                    const Tensor& position_weight, const OptionalTensor& type_weight,
+                    const Tensor& norm_weight, const Tensor& norm_bias, double eps) {
+  STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids has shape ", shape_of(input_ids),
+                  "; expected [batch, seq]");
+  const int64_t batch = input_ids.size(0), seq = input_ids.size(1);
+  const cpu::DType dtype = check_float(word_weight, "word_weight");
+  const Tensor words = torch::stable::contiguous(word_weight);
+  const Tensor positions = torch::stable::contiguous(position_weight);
+  cpu::NormArgs args = cpu::norm_args(words, {norm_weight, norm_bias, eps});
+  args.residual = check_matrix(positions, "position_weight", words);
+  const std::vector<int32_t> word = rows_of(input_ids, "input_ids", batch, seq, words);
+  const std::vector<int32_t> position = position_ids.has_value()
+                                            ? rows_of(*position_ids, "position_ids", batch, seq, positions)
+                                            : places(batch, seq, positions);
+  args.x_index = word.data(), args.residual_index = position.data();
+  OptionalTensor types;
+  std::vector<int32_t> type(batch * seq);  // 0, unless ids say otherwise
+  STD_TORCH_CHECK(type_weight.has_value() || !token_type_ids.has_value(),
+                  "token_type_ids is given; type_weight is None");
+  if (type_weight.has_value()) {
+    types = torch::stable::contiguous(*type_weight);
+    args.addend = check_matrix(*types, "type_weight", words);
+    STD_TORCH_CHECK(types->size(0) > 0, "type_weight has no rows; expected one or more");
+    if (token_type_ids.has_value()) type = rows_of(*token_type_ids, "token_type_ids", batch, seq, *types);
+    args.addend_index = type.data();
+  }
+  Tensor out = torch::stable::new_empty(words, {batch, seq, args.dim});
+  args.out = out.mutable_data_ptr();
+  cpu::run_norm(cpu::kernels().norm_rows[static_cast<int>(dtype)], args, args.dim, batch * seq);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(transkimmer, CPU, m) { m.impl("scatter_rows.cpu", TORCH_BOX(&scatter_rows)); }
@@ -105,6 +174,7 @@ STABLE_TORCH_LIBRARY_IMPL(transkimmer, CompositeExplicitAutograd, m) {
   m.impl("ragged_linear.cpu", TORCH_BOX(&ragged_linear));
   m.impl("ragged_linear_norm.cpu", TORCH_BOX(&ragged_linear_norm));
   m.impl("ragged_linear_norm_.cpu", TORCH_BOX(&ragged_linear_norm_));
+  m.impl("embed_tokens.cpu", TORCH_BOX(&embed_tokens));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transkimmer_cpu, CompositeExplicitAutograd, m) {

@@ -19,7 +19,7 @@ extern const Kernels table;
 }
 #if defined(TRANSKIMMER_HAS_AVX512BF16)
 namespace avx512bf16 {
-extern const Kernels& table();
+extern const Kernels table;
 }
 #endif
 #endif
@@ -38,7 +38,7 @@ const Kernels* find(const std::string& isa) {
                           __builtin_cpu_supports("avx512vl");
   if (isa == "avx512" && has_avx512) return &avx512::table;
 #if defined(TRANSKIMMER_HAS_AVX512BF16)
-  if (isa == "avx512bf16" && has_avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::table();
+  if (isa == "avx512bf16" && has_avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::table;
 #endif
 #endif
   return nullptr;

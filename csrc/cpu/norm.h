@@ -1,5 +1,5 @@
-// Row-wise LayerNorm with what surrounds it fused in: an indexed read, a residual, an indexed write, or GELU
-// and a dot product (the end of the skim predictor).
+// Row-wise LayerNorm with what surrounds it fused in: an indexed read, a sum of up to three rows, an indexed
+// write, or GELU and a dot product (the end of the skim predictor).
 //
 // Bytes: each row is read once and written once. A row is widened to fp32 into a buffer that stays in L1;
 // mean and variance are taken from that buffer in two passes, so the variance has no cancellation, and the
@@ -37,20 +37,20 @@ struct Accumulators {
   float total() const { return sum_lanes(add(add(part[0], part[1]), add(part[2], part[3]))); }
 };
 
-// Widens x (+ residual) into `row`, zeros behind it, and returns its statistics.
-template <bool kResidual, typename T>
-RowStatistics load_row(const T* x, const T* residual, int64_t dim, float eps, float* row) {
+// Widens the sum of some rows into `row`, zeros behind it, and returns its statistics.
+template <int kOperands, typename T>
+RowStatistics load_row(const T* const (&x)[kOperands], int64_t dim, float eps, float* row) {
   Accumulators sum, squares;
   const int64_t whole = for_whole_vectors(dim, [&](int64_t j, int lane) __attribute__((always_inline)) {
-    Vec value = load(x + j);
-    if (kResidual) value = add(value, load(residual + j));
+    Vec value = load(x[0] + j);
+    for (int i = 1; i < kOperands; ++i) value = add(value, load(x[i] + j));
     store(row + j, value);
     sum.part[lane] = add(sum.part[lane], value);
   });
   const int left = static_cast<int>(dim - whole);
   if (left > 0) {
-    Vec value = load_first(x + whole, left);
-    if (kResidual) value = add(value, load_first(residual + whole, left));
+    Vec value = load_first(x[0] + whole, left);
+    for (int i = 1; i < kOperands; ++i) value = add(value, load_first(x[i] + whole, left));
     store(row + whole, value);
     sum.part[0] = add(sum.part[0], value);
   }
@@ -81,16 +81,15 @@ const T* indexed_row(const void* data, const int32_t* index, int64_t i, int64_t 
   return static_cast<const T*>(data) + (index == nullptr ? i : index[i]) * dim;
 }
 
-template <typename T>
-void norm_rows(const NormArgs& args, int64_t begin, int64_t end, float* row) {
+template <int kOperands, typename T>
+void norm_sums(const NormArgs& args, int64_t begin, int64_t end, float* row) {
   const int64_t dim = args.dim, whole = dim / kLanes * kLanes;
   const T *weight = static_cast<const T*>(args.weight), *bias = static_cast<const T*>(args.bias);
   for (int64_t i = begin; i < end; ++i) {
-    const T* x = indexed_row<T>(args.x, args.x_index, i, dim);
-    const T* residual =
-        args.residual == nullptr ? nullptr : indexed_row<T>(args.residual, args.residual_index, i, dim);
-    const RowStatistics stats = residual == nullptr ? load_row<false>(x, residual, dim, args.eps, row)
-                                                    : load_row<true>(x, residual, dim, args.eps, row);
+    const T* x[kOperands] = {indexed_row<T>(args.x, args.x_index, i, dim)};
+    if constexpr (kOperands > 1) x[1] = indexed_row<T>(args.residual, args.residual_index, i, dim);
+    if constexpr (kOperands > 2) x[2] = indexed_row<T>(args.addend, args.addend_index, i, dim);
+    const RowStatistics stats = load_row(x, dim, args.eps, row);
     T* out = static_cast<T*>(args.out) + (args.out_index == nullptr ? i : args.out_index[i]) * dim;
     for_whole_vectors(dim, [&](int64_t j, int) __attribute__((always_inline)) {
       store(out + j, normalise(row, j, dim, stats, weight, bias));
@@ -103,13 +102,20 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end, float* row) {
 }
 
 template <typename T>
+void norm_rows(const NormArgs& args, int64_t begin, int64_t end, float* row) {
+  if (args.residual == nullptr) return norm_sums<1, T>(args, begin, end, row);
+  if (args.addend == nullptr) return norm_sums<2, T>(args, begin, end, row);
+  norm_sums<3, T>(args, begin, end, row);
+}
+
+template <typename T>
 void norm_gelu_dot(const GeluDotArgs& args, int64_t begin, int64_t end, float* row) {
   const NormArgs& norm = args.norm;
   const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
   const T* out_weight = static_cast<const T*>(args.out_weight);
   for (int64_t i = begin; i < end; ++i) {
-    const RowStatistics stats = load_row<false>(indexed_row<T>(norm.x, norm.x_index, i, norm.dim),
-                                                static_cast<const T*>(nullptr), norm.dim, norm.eps, row);
+    const T* const x[] = {indexed_row<T>(norm.x, norm.x_index, i, norm.dim)};
+    const RowStatistics stats = load_row(x, norm.dim, norm.eps, row);
     Vec sum = zero();
     for (int64_t j = 0; j < norm.dim; j += kLanes) {
       // Lanes beyond the row meet an out_weight of zero, and a weight and bias of zero keep them finite.

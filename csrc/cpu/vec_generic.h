@@ -4,7 +4,8 @@
 // of the matrix product, arithmetic by name, and for T = float and bf16
 //   load(p), store(p, a)                    all lanes, any alignment
 //   load_first(p, n), store_first(p, a, n)  the first n < kLanes lanes; touches no memory beyond them, loads
-//   zeros first_or(a, n, other)                   the first n lanes of a, the rest of `other`
+//                                           zeros
+//   first_or(a, n, other)                   the first n lanes of a, the rest of `other`
 //   where_positive(x, a, other)             by lane
 //   max(a, b), min(a, b)                    b where either is a NaN
 //   scale_by_power_of_two(a, n)             a * 2^n for integral n, 0 where that underflows

@@ -161,10 +161,19 @@ void check_norm(int64_t dim) {
   }
   const cpu::Kernels& kernels = cpu::kernels();
   const Scratch scratch(kernels.norm_scratch(dim));
-  cpu::NormArgs args{dim,     1e-5f,      w.data(), b.data(),   x.data(),
-                     nullptr, out.data(), nullptr,  out.data(), nullptr};
+  cpu::NormArgs args{};
+  args.dim = dim, args.eps = 1e-5f, args.weight = w.data(), args.bias = b.data();
+  args.x = x.data(), args.residual = args.out = out.data();
   kernels.norm_rows[0](args, 0, 1, scratch.data);
   for (int64_t d = 0; d < dim; ++d) check_close(out[d], z[d], 1e-5, "norm", d);
+  // The same sum, of three rows: the third of a table, and what is missing.
+  const std::vector<float> table = random_floats(3 * dim, 9);
+  std::vector<float> rest(dim);
+  for (int64_t d = 0; d < dim; ++d) rest[d] = sum[d] - x[d] - table[2 * dim + d];
+  const int32_t third = 2;
+  args.residual = rest.data(), args.addend = table.data(), args.addend_index = &third;
+  kernels.norm_rows[0](args, 0, 1, scratch.data);
+  for (int64_t d = 0; d < dim; ++d) check_close(out[d], z[d], 1e-5, "norm of three", d);
   args.x = sum.data(), args.residual = nullptr;
   float result = 0;
   kernels.norm_gelu_dot[0]({args, u.data(), 0.25f, &result}, 0, 1, scratch.data);
@@ -282,10 +291,19 @@ void check_bf16() {
   const uint16_t x[2] = {one, minus_one};
   uint16_t out[2];
   const Scratch scratch(cpu::kernels().norm_scratch(2));
-  cpu::kernels().norm_rows[1]({2, 0.0f, weight, bias, x, nullptr, nullptr, nullptr, out, nullptr}, 0, 1,
-                              scratch.data);
+  cpu::NormArgs args{};
+  args.dim = 2, args.weight = weight, args.bias = bias, args.x = x, args.out = out;
+  cpu::kernels().norm_rows[1](args, 0, 1, scratch.data);
   // 3.140625 + 2^-7 is halfway between two numbers, of which 0x404a is even; -(1 + 2^-7) + 2^-7 is -1.
   CHECK(out[0] == 0x404a && out[1] == minus_one, "%04x %04x", out[0], out[1]);
+  const uint16_t infinities[2] = {0x7f80, 0xff80};
+  args.bias = infinities;
+  cpu::kernels().norm_rows[1](args, 0, 1, scratch.data);
+  CHECK(out[0] == 0x7f80 && out[1] == 0xff80, "%04x %04x", out[0], out[1]);
+  const uint16_t nans[2] = {0x7f81, 0xffff};  // one of which rounding up would make an infinity of
+  args.bias = nans;
+  cpu::kernels().norm_rows[1](args, 0, 1, scratch.data);
+  for (uint16_t y : out) CHECK((y & 0x7fff) > 0x7f80, "%04x", y);
 }
 
 void check_rows() {

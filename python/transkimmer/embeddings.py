@@ -1,4 +1,4 @@
-"""The embeddings of a skimming model: with Triton's kernels one kernel, in inference, instead of half a dozen.
+"""The embeddings of a skimming model: one kernel, in inference, instead of half a dozen operators.
 
 Like the encoder, an existing instance is switched to another class, weights and all. Whatever the kernel does not know
 (training, autocast, a table that an adapter or a quantiser has replaced) is left to Hugging Face's.
@@ -57,7 +57,7 @@ def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:
     word, position = tables[0].weight, tables[1].weight
     kind = None if tables[2] is None else tables[2].weight
     kernels = kernel_set(embeddings.skim_encoder[0].skim_kernels, word.device.type, word.dtype)
-    if kernels.serves["embed_tokens"] != "triton":  # then it is what Hugging Face runs
+    if kernels.serves["embed_tokens"] == "reference":  # PyTorch's operators, as Hugging Face's are
         return None
     shape = ids.shape if embeds is None else embeds.shape[:-1]
     if len(shape) != 2 or torch.is_autocast_enabled(word.device.type) or (types is not None and kind is None):

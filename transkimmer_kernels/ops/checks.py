@@ -27,20 +27,22 @@ def check_tensor(
     """Checks kind, rank, dtype, device and, where given, the sizes (None matches any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if dim is not None:
-        require(tensor.dim() == dim, f"{name}: expected {dim} dimensions, got {describe(tensor)}")
+    # No `require` here: writing a message that nobody gets takes longer than the check.
+    if dim is not None and tensor.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions, got {describe(tensor)}")
     if dtype is not None:
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
         if tensor.dtype not in allowed:
             raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {describe(tensor)}")
-    if device is not None:
-        require(tensor.device == device, f"{name}: expected device {device}, got {describe(tensor)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {describe(tensor)}")
     if shape is not None:
         fits = tensor.dim() == len(shape) and all(
             want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
         )
-        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-        require(fits, f"{name}: expected shape {wanted}, got {describe(tensor)}")
+        if not fits:
+            wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+            raise ValueError(f"{name}: expected shape {wanted}, got {describe(tensor)}")
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -60,10 +60,12 @@ struct NormArgs {
   const int32_t* residual_index;
   void* out;
   const int32_t* out_index;
+  const void* addend;  // added to both; null where there is no residual
+  const int32_t* addend_index;
 };
 
 struct GeluDotArgs {
-  NormArgs norm;  // out and residual unused
+  NormArgs norm;  // of x alone; out unused
   const void* out_weight;
   float out_bias;
   float* delta;
