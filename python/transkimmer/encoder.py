@@ -62,12 +62,27 @@ class SkimmingEncoder(nn.Module):
         self.skim_weights.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `.to()` and its like are made of: a copy of weights that are gone holds memory of theirs, too."""
+        applied = super()._apply(*args, **kwargs)
+        self.skim_weights.clear_if_changed()
+        return applied
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """hidden_states [batch, seq, d]; attention_mask [batch, seq] or None; returns the architecture's output class.
 
         Packed input is [1, tokens, d] with `cu_seq_lens_q` (and `max_length_q`) among the keyword arguments, or with
         `position_ids` that start anew.
+
+        Raises:
+            RuntimeError: under torch.export or torch.jit.trace.
+            ValueError: a mask or offsets that do not fit.
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "model: torch.export and torch.jit.trace cannot take a skimming model: its weights are packed outside "
+                "of what they record. torch.compile can, and remove_skimming(model) gives the dense model"
+            )
         architecture = ARCHITECTURES[self.skim_model_config.model_type]
         if architecture.input_projection is not None:
             hidden_states = get(self, architecture.input_projection)(hidden_states)

@@ -41,6 +41,10 @@ class WeightCache:
     def clear(self) -> None:
         self._held = None
 
+    def clear_if_changed(self) -> None:
+        if self._held is not None and self._held[1].changed():
+            self.clear()
+
     @property
     def held(self) -> EncoderWeights | None:
         """What the last `get` returned, None after `clear`."""

@@ -211,7 +211,9 @@ def test_json_and_html(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([*SCHEDULED, "--batches", "-1"], "--batches -1: must be at least 1"),
         ([*SCHEDULED, "--repeats", "0"], "--repeats 0: must be at least 1"),
         ([*SCHEDULED, "--threads", "0"], "--threads 0: must be at least 1"),
-        ([*SCHEDULED, "--max-length", "0"], "--max-length 0: must be at least 1"),
+        ([*SCHEDULED, "--max-length", "3"], "--max-length 3: must be at least 4"),
+        ([*SCHEDULED, "--max-length", "32", "--lengths", "33"], "--lengths 33: a number must be from 1 to 32 here"),
+        (["--model", "nowhere/at-all"], "--model nowhere/at-all: no such folder"),
         ([*SCHEDULED, "--kernels", "fast"], "--kernels fast: must be one of"),
     ],
 )

@@ -374,6 +374,7 @@ def test_one_file_is_not_written_twice(tmp_path: Path) -> None:
         (["--batch-size", "5000"], "--batch-size 5000: there are only 872 lengths"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--slow", "1"], "--slow 1.0: must be above 1"),
+        (["--budget", "0"], "--budget 0.0: must be above 0"),
         (["--model", "demo"], "--schedule 1,0.6,0.2: the demo model's decisions are learned"),
         (["--kernels", "fast"], "--kernels fast: must be one of"),
         pytest.param(

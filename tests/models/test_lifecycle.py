@@ -6,7 +6,10 @@ import copy
 import json
 import pickle
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +105,19 @@ def test_weights_are_prepared_anew_when_they_change() -> None:
     assert torch.allclose(changed, remove_skimming(model)(**inputs).logits, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_copy_of_weights_goes_with_them() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    encoder: Any = model.base_model.encoder
+    model(**padded_inputs())
+    prepared = encoder.skim_weights.held
+    assert model.to("cpu") is model and encoder.skim_weights.held is prepared is not None
+    place = weakref.ref(encoder.layer[0].output.dense.weight.untyped_storage())
+    del prepared
+    model.bfloat16()
+    assert encoder.skim_weights.held is None and place() is None
+
+
 def test_nothing_new_lies_where_a_watched_parameter_did() -> None:
     """A second `param.data = ...` would otherwise find the address that the first one left, and look like no change."""
     layer = torch.nn.Linear(8, 8)
@@ -130,6 +146,15 @@ def test_a_compiled_model_need_not_have_run_before() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("record", [torch.jit.trace, torch.export.export])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_what_cannot_be_recorded_says_so(record: Callable[..., Any]) -> None:
+    model: Any = torch.nn.Sequential(add_skimming(tiny("bert", "sequence")))
+    with pytest.raises(RuntimeError, match=r"^model: torch\.export and torch\.jit\.trace cannot take a skimming model"):
+        record(model, (padded_inputs()["input_ids"],))
+
+
 def test_kernels_can_be_switched_on_a_live_model() -> None:
     model = add_skimming(tiny("bert", "sequence"))
     undecided_predictors(model)

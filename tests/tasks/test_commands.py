@@ -209,12 +209,25 @@ def test_recipes() -> None:
             recipe_of("corrected", TASKS["rte"], **{option: value})
 
 
+def test_a_dense_fine_tune_takes_no_settings_of_skimming(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--task", "sst2", "--data", str(data), "--backbone", str(backbone), "--mode", "dense"]
+    arguments += ["--output", str(tmp_path / "run"), "--dense-epochs", "1", "--limit", "8"]
+    for option, refused in ((["--flops-speedup", "3"], "--flops-speedup 3.0"), (["--no-aim"], "--aim False")):
+        assert main([*arguments, *option]) == 2
+        assert f"{refused}: is of skimming; --mode must be one of corrected, paper" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["dense_dev"]["metrics"]
+
+
 def test_pruned_training_is_a_setting(
     tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert recipe_of("corrected", TASKS["rte"], pruned_training=True).skim_config().pruned_training
     assert train(backbone, data, tmp_path / "run", "--pruned-training", "--mode", "published") == 2
-    assert "pruned_training=True does not go with skim_attention='published'" in capsys.readouterr().err
+    assert "--pruned-training: does not go with --mode published, where" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +261,7 @@ def test_what_failed_before_it_trained_leaves_its_folder_free(
 ) -> None:
     assert train(backbone, tmp_path / "missing", tmp_path / "run") == 2
     assert "no such folder" in capsys.readouterr().err
-    assert train(backbone, data, tmp_path / "run", "--limit", "8", "--mode", "dense", "--dense-epochs", "1") == 0
+    assert train(backbone, data, tmp_path / "run", "--limit", "8") == 0
 
 
 def test_no_more_tokens_than_a_model_has_positions(

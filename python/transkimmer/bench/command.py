@@ -26,6 +26,7 @@ from .timing import Row, compare
 from .workload import DTYPES
 
 SENTENCES = 8
+SHORTEST = 4  # tokens that texts may be cut to, two of them special
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("batch_size", "batches", "threads", "max_length"):
+    least = {"batch_size": 1, "batches": 1, "threads": 1, "repeats": 1, "max_length": SHORTEST}
+    for name, allowed in least.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if value is not None and value < allowed:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {allowed}")
     check_outputs(arguments, ("json", "html"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -104,6 +106,7 @@ def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, lis
 
 
 def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str, list[Row]]:
+    workload.check_model(arguments.model)
     if not arguments.schedule or not arguments.lengths:
         raise ValueError(f"--model {arguments.model}: needs --schedule and --lengths (see transkimmer bench --help)")
     model: Any = workload.load_model(arguments.model)

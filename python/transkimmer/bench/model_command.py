@@ -92,6 +92,8 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         slow = math.inf if device_of(arguments) == "cuda" else HOPELESS
     if not slow > 1:  # nor NaN
         raise ValueError(f"--slow {slow}: must be above 1")
+    if not arguments.budget > 0:
+        raise ValueError(f"--budget {arguments.budget}: must be above 0")
     return Limits(slow, arguments.budget)
 
 

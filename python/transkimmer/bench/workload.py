@@ -84,12 +84,18 @@ def parse_schedule(text: str, layers: int) -> list[float]:
     return ratios
 
 
+def check_model(name: str) -> None:
+    """Raises ValueError where `load_model` would find nothing."""
+    if name not in RANDOM_SHAPES:
+        check_pretrained("--model", name)
+
+
 def load_model(name: str) -> PreTrainedModel:
     """A Hugging Face classifier by hub name or folder, or one of `RANDOM_SHAPES` with random weights."""
     if name in RANDOM_SHAPES:
         torch.manual_seed(0)
         return BertForSequenceClassification(RANDOM_SHAPES[name]).eval()
-    check_pretrained("--model", name)
+    check_model(name)
     model = AutoModelForSequenceClassification.from_pretrained(name)
     if hasattr(model.config, CONFIG_KEY):
         delattr(model.config, CONFIG_KEY)  # its predictors are not what a schedule times
@@ -110,6 +116,8 @@ def lengths_of(source: str, tokenizer_name: str | None, max_length: int) -> list
     if source.isdigit() and 1 <= int(source) <= max_length:
         return [int(source)] * _SEQUENCES
     path = Path(source)
+    if source.isdigit() and not path.is_file():
+        raise ValueError(f"--lengths {source}: a number must be from 1 to {max_length} here")
     if not path.is_file():
         allowed = f"one of {', '.join(known)}, a number up to {max_length}, or a text file with a text per line"
         raise ValueError(f"--lengths {source}: must be {allowed}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..arguments import MODEL, check_folder, check_pretrained
 from ..skimming import CONFIG_KEY
 from ..tasks import TASKS, task_named
-from .recipe import CALIBRATIONS, MODES, Recipe, recipe_of
+from .recipe import CALIBRATIONS, DENSE_SETTINGS, MODES, Recipe, option_of, recipe_of
 
 BY_MODE = "the mode's"
 # Option -> (type, help, default where it is not `Recipe`'s in every mode).
@@ -101,6 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     task = task_named(arguments.task)
     names = {field.name for field in dataclasses.fields(Recipe)} - {"mode"}
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    for name, value in given.items():
+        if arguments.mode == "dense" and value is not None and name not in DENSE_SETTINGS:
+            allowed = ", ".join(mode for mode in MODES if mode != "dense")
+            raise ValueError(f"{option_of(name)} {value}: is of skimming; --mode must be one of {allowed}")
     recipe = recipe_of(arguments.mode, task, **given)
     if arguments.save_steps is not None and arguments.save_steps < 1:
         raise ValueError(f"--save-steps {arguments.save_steps}: must be at least 1")

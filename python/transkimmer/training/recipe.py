@@ -21,6 +21,11 @@ SETTINGS = "settings.json"  # of a run, beside it
 # dense: no skimming, the baseline. The others: docs/training.md.
 MODES = ("corrected", "paper", "published", "dense")
 CALIBRATIONS = ("speedup", "sampled", "none")
+# Settings that a dense fine-tune reads; all others are of skimming.
+DENSE_SETTINGS = {
+    *("seed", "dense_epochs", "dense_learning_rate", "batch_size", "gradient_accumulation", "warmup", "weight_decay"),
+    *("max_grad_norm", "max_length", "doc_stride", "bf16", "held_out", "limit"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Recipe:
 
     def _need(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+            raise ValueError(f"{option_of(name)} {getattr(self, name)}: must be {allowed}")
 
     def skim_config(self, shape: EncoderShape | None = None) -> SkimConfig:
         """Raises ValueError where a field is out of range. shape: of the encoder, where the recipe aims."""
@@ -126,6 +131,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _positive(value: float) -> bool:
@@ -169,8 +178,13 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
         }
         if mode == "published":
             own |= {"skim_attention": "published", "decision": "sample"}
-    if "flops_speedup" in given and given["flops_speedup"] is not None:
+    given = {name: value for name, value in given.items() if value is not None}
+    if mode == "published" and given.get("pruned_training"):
+        raise ValueError(
+            "--pruned-training: does not go with --mode published, where skimmed tokens count in the softmax to the end"
+        )
+    if "flops_speedup" in given:
         own["calibration"] = "speedup"
-    recipe = Recipe(mode, **own | {name: value for name, value in given.items() if value is not None})
+    recipe = Recipe(mode, **own | given)
     recipe.check()
     return recipe
