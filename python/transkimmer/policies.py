@@ -41,7 +41,7 @@ class SchedulePolicy:
     """Synthetic: layer l works on `ratios[l]` of each sequence's tokens, chosen without looking at them.
 
     The choice is spread evenly over the sequence, the first token included, and shrinks from layer to layer. The
-    predictors run and are ignored, so that a timing includes them; the list is shortened once, as it is by them.
+    predictors run and are ignored, so that a timing includes them, and so are compactions, one per layer at least.
     """
 
     def __init__(
@@ -50,24 +50,35 @@ class SchedulePolicy:
         self.predictors = predictors
         self.kernels = kernels
         # By position in the list that the encoder starts with: [layers, capacity].
-        self.keep = torch.zeros(len(ratios), batch.capacity, dtype=torch.bool, device=batch.slots.device)
-        self.slots, self.cu_seqlens = batch.slots, batch.cu_seqlens
-        if batch.batch == 0:
-            return
-        token = torch.arange(batch.capacity, device=batch.slots.device)
-        # Entries behind the list are garbage: whatever they get is ignored.
-        sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True).clamp_(max=batch.batch - 1)
-        lengths = batch.cu_seqlens.diff()
-        # A bound that is not too large will do, and nothing is read back; packed input may come without one.
-        longest = batch.max_seqlen if batch.max_seqlen <= _LONGEST_TABLE else int(lengths.max())
-        depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
-        position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
-        layer = torch.arange(len(ratios), device=token.device)
-        self.keep = depths[lengths[sequence], position] > layer[:, None]
+        self.keep = _scheduled(ratios, batch)
+        # All of them at once: between layers, which fill the caches with weights, a call takes several times as long.
+        self._lists = [kernels.compact(keep, batch.slots, batch.cu_seqlens, True) for keep in self.keep]
+        # As `PredictorPolicy` decides; but where the list is a kernel of its own, one per layer is enough.
+        self._carried_out = kernels.serves["skim_tokens"] == "cpu"
 
     def __call__(self, layer: int, batch: Ragged) -> None:
-        self.predictors[layer].logit(batch, self.kernels)
-        batch.slots, batch.cu_seqlens = self.kernels.compact(self.keep[layer], self.slots, self.cu_seqlens, True)
+        predictor = self.predictors[layer]
+        if self._carried_out:
+            predictor.skim(batch, self.kernels, 0.0)
+        else:
+            predictor.logit(batch, self.kernels)
+        batch.slots, batch.cu_seqlens = self._lists[layer]
+
+
+def _scheduled(ratios: Sequence[float], batch: Ragged) -> Tensor:
+    """bool [layers, capacity]: whether a layer works on the token."""
+    if batch.batch == 0:
+        return torch.zeros(len(ratios), batch.capacity, dtype=torch.bool, device=batch.slots.device)
+    token = torch.arange(batch.capacity, device=batch.slots.device)
+    # Entries behind the list are garbage: whatever they get is ignored.
+    sequence = torch.bucketize(token, batch.cu_seqlens[1:], right=True).clamp_(max=batch.batch - 1)
+    lengths = batch.cu_seqlens.diff()
+    # A bound that is not too large will do, and nothing is read back; packed input may come without one.
+    longest = batch.max_seqlen if batch.max_seqlen <= _LONGEST_TABLE else int(lengths.max())
+    depths = _depth_table(tuple(ratios), 1 << max(longest - 1, 0).bit_length(), token.device)
+    position = (token - batch.cu_seqlens[sequence]).clamp_(max=depths.size(1) - 1)
+    layer = torch.arange(len(ratios), device=token.device)
+    return depths[lengths[sequence], position] > layer[:, None]
 
 
 def scheduled_count(length: Tensor, ratio: float) -> Tensor:
