@@ -75,6 +75,9 @@ class WeightCache:
         return held[2]
 
 
+_END = object()
+
+
 class Watch:
     """Notices a change of any parameter below a module, and a buffer that is another.
 
@@ -83,8 +86,9 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.named_modules())
-        self._tables = [t for _, m in self.modules for t in (m._modules, m._parameters, m._buffers) if t]
-        self._sizes, self._values = list(map(len, self._tables)), list(self._listed())
+        tables = (t for _, m in self.modules for t in (m._modules, m._parameters, m._buffers) if t)
+        self._views = list(map(dict.values, tables))
+        self._values = list(self._listed())
         self._parameters = list(module.parameters())
         self._kept = [p.detach() for p in self._parameters]  # so that nothing new comes to lie where they do
         # An inference tensor has no version counter, and no way to be changed outside of inference mode.
@@ -92,7 +96,8 @@ class Watch:
         self._places, self._versions = self._read_places(), self.versions()
 
     def _listed(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self._tables))
+        """What the modules consist of, in order, and an end: one thing more or less puts something in another place."""
+        return itertools.chain(itertools.chain.from_iterable(self._views), (_END,))
 
     def _read_places(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))
@@ -103,8 +108,7 @@ class Watch:
 
     def moved(self) -> bool:
         """Whether a parameter or a buffer is another one, or lies elsewhere; its values may have changed."""
-        same = list(map(len, self._tables)) == self._sizes and all(map(operator.is_, self._listed(), self._values))
-        return not same or self._read_places() != self._places
+        return not all(map(operator.is_, self._listed(), self._values)) or self._read_places() != self._places
 
     def changed(self) -> bool:
         return self.moved() or self.versions() != self._versions

@@ -128,6 +128,33 @@ def test_nothing_new_lies_where_a_watched_parameter_did() -> None:
     assert watch.moved()
 
 
+def _add(block: Any) -> None:
+    block[1].extra = block[0]
+
+
+def _add_at_the_end(block: Any) -> None:
+    block[2].register_buffer("extra", torch.zeros(1))
+
+
+def _exchange(block: Any) -> None:
+    block[0].weight, block[1].weight = block[1].weight, block[0].weight
+
+
+def _drop_the_last(block: Any) -> None:
+    del block[2]._buffers["last"]
+
+
+@pytest.mark.parametrize("change", [_add, _add_at_the_end, _exchange, _drop_the_last])
+def test_what_a_module_consists_of_is_watched(change: Callable[[Any], None]) -> None:
+    block: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Identity())
+    block[1].inner = torch.nn.Identity()
+    block[2].register_buffer("last", torch.zeros(1))
+    watch = Watch(block)
+    assert not watch.moved()
+    change(block)
+    assert watch.moved()
+
+
 @pytest.mark.skipif(interpreted(), reason="the compiler would trace Triton's interpreter, which is Python")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @torch.no_grad()
