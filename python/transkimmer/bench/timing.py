@@ -97,7 +97,10 @@ def time_in_turn(
     limits: Limits = _LIMITS,
     device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """name -> seconds for all batches, by repeat. Contenders take turns at every batch and at starting the round.
+    """name -> seconds for all batches, by repeat. Contenders take turns at running them all, and at starting a round.
+
+    After another contender's turn the first forward finds its weights and its code in no cache. One that follows a
+    forward of the same model, as on a server, does: hence all batches in a row.
 
     Those that are too slow, compared with the one called `measure` or with their budget, drop out. A call is over when
     `device` has finished; on a GPU everybody has run every batch three times before the first that is timed.
@@ -109,18 +112,17 @@ def time_in_turn(
     runs = repeats * len(batches) * len(field)
     with tqdm(total=runs, desc="timing", unit="batch", leave=False, disable=None) as progress:
         for repeat in range(repeats):
-            totals = {contender.name: 0.0 for contender in field}
-            for number, batch in enumerate(batches):
-                turn = (repeat + number) % len(field)
-                for contender in [*field[turn:], *field[:turn]]:
+            turn = repeat % len(field)
+            for contender in [*field[turn:], *field[:turn]]:
+                total = 0.0
+                for batch in batches:
                     synchronize(device)
                     start = time.perf_counter()
                     contender.run(batch.inputs)
                     synchronize(device)
-                    totals[contender.name] += time.perf_counter() - start
+                    total += time.perf_counter() - start
                     progress.update()
-            for name, total in totals.items():
-                seconds[name].append(total)
+                seconds[contender.name].append(total)
             slowest = limits.slow * seconds[measure][0]
             field = [c for c in field if seconds[c.name][0] <= slowest and sum(seconds[c.name]) < limits.budget_s]
             progress.total = progress.n + len(batches) * (repeats - 1 - repeat) * len(field)
