@@ -7,6 +7,7 @@
 //                                           zeros
 //   first_or(a, n, other)                   the first n lanes of a, the rest of `other`
 //   where_positive(x, a, other)             by lane
+//   copy_sign(a, sign)                      |a| with the sign of `sign`, by lane
 //   max(a, b), min(a, b)                    b where either is a NaN
 //   scale_by_power_of_two(a, n)             a * 2^n for integral n, 0 where that underflows
 //   transpose(r)                            kLanes x kLanes, in place
@@ -36,6 +37,8 @@ inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec abs(Vec a) { return (Vec)((IntVec)a & INT32_MAX); }
+inline Vec copy_sign(Vec a, Vec sign) { return (Vec)((IntVec)abs(a) | ((IntVec)sign & INT32_MIN)); }
 // Adding 1.5 * 2^23 leaves no bits for a fraction; exact for |a| < 2^22.
 inline Vec round(Vec a) { return (a + 12582912.0f) - 12582912.0f; }
 inline Vec scale_by_power_of_two(Vec a, Vec n) {

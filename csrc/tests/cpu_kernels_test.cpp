@@ -264,6 +264,21 @@ void check_product(int64_t rows, int64_t in, int64_t out, bool gelu) {
         static_cast<long long>(rows));
 }
 
+// Where it is steep, flat, and nothing but x or zero.
+void check_gelu() {
+  const std::vector<float> x{-3e38f, -1e4f, -6.0f, -5.5f, -3.0f, -0.7f, 0.0f, 1e-6f, 0.7f, 3.0f, 6.0f, 3e38f};
+  const auto count = static_cast<int64_t>(x.size());
+  const std::vector<float> one{1.0f};
+  const Panels<float> panels(x, count, 1);
+  const std::vector<float> y =
+      multiply<float>(cpu::kernels(), {1, 1, count, one.data(), panels.memory.data, nullptr, true, nullptr});
+  for (int64_t i = 0; i < count; ++i) {
+    const double exact = 0.5 * x[i] * std::erfc(-double{x[i]} / std::sqrt(2.0));
+    CHECK(std::abs(y[i] - exact) <= 4e-7 * std::min(1.0, std::abs(double{x[i]})) || y[i] == x[i],
+          "gelu(%g) is %g", x[i], y[i]);
+  }
+}
+
 void check_products() {
   for (int64_t rows : {1, 2, 5, 7, 13, 97}) {
     for (int64_t in : {1, 2, 9, 256, 263, 264, 800}) {
@@ -343,6 +358,7 @@ int main() {
   check_plan();
   for (int64_t dim : {2, 31, 64, 384, 1000}) check_norm(dim);
   check_bf16();
+  check_gelu();
   check_products();
   check_rows();
   std::puts("ok");
