@@ -172,7 +172,6 @@ def test_a_compiled_model_need_not_have_run_before() -> None:
                 parameter.mul_(1.1)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("record", [torch.jit.trace, torch.export.export])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
@@ -182,6 +181,7 @@ def test_what_cannot_be_recorded_says_so(record: Callable[..., Any]) -> None:
         record(model, (padded_inputs()["input_ids"],))
 
 
+@torch.no_grad()
 def test_kernels_can_be_switched_on_a_live_model() -> None:
     model = add_skimming(tiny("bert", "sequence"))
     undecided_predictors(model)
