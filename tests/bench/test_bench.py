@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from transkimmer import SkimConfig, add_skimming
 from transkimmer.bench import show, workload
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
-from transkimmer.bench.timing import compare, paired_speedup, time_in_turn
+from transkimmer.bench.timing import Limits, compare, paired_speedup, time_in_turn
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
 from ..models.tiny import LAYERS, VOCABULARY, tiny
 from ..models.words import word_tokenizer
+from .clock import Clock
 
 RATIOS = [1.0, 0.6, 0.2]
 LENGTHS = [9, 4, 14, 6, 11, 5, 3, 20]
@@ -103,7 +104,7 @@ def test_compare() -> None:
         predictions = [model(**batch.inputs).logits.argmax(-1) for batch in batches]
     batches[0].labels, batches[1].labels = predictions[0], 1 - predictions[1]
     add_skimming(model, SkimConfig(schedule=RATIOS))
-    rows = {row.name: row for row in compare(model, batches, 3)}
+    rows = {row.name: row for row in compare(model, batches, 3, Limits(slow=math.inf))}
 
     lengths = torch.tensor(LENGTHS)
     layers = torch.stack([(lengths * ratio).round().long().clamp(min=1) for ratio in RATIOS])
@@ -129,16 +130,17 @@ def test_compare() -> None:
     for name, row in rows.items():
         assert row.flops_speedup == executed[baseline.name] / executed[name]
         assert row.skim_efficiency == row.wall_clock_speedup / row.flops_speedup
-        assert row.median_s > 0 and row.spread is not None and row.spread >= 0
+        assert row.repeats == 3 and row.median_s > 0 and row.spread is not None and row.spread >= 0
     assert model.skimming.enabled
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     calls: list[str] = []
 
     def run(inputs: object, name: str) -> None:
         calls.append(name)
-        time.sleep(0.02)
+        clock.sleep(0.02)
 
     field = [Contender(name, partial(run, name=name)) for name in "abc"]
     seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 2, "a")
@@ -146,9 +148,10 @@ def test_contenders_take_turns() -> None:
     assert "".join(calls) == "aabbcc" + "bbccaa"
 
 
-def test_a_hopeless_contender_is_timed_once() -> None:
+def test_a_hopeless_contender_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     delays = {"dense": 0.01, "skimming": 0.0, "hopeless": 0.5}
-    field = [Contender(name, lambda inputs, delay=delay: time.sleep(delay)) for name, delay in delays.items()]
+    field = [Contender(name, lambda inputs, delay=delay: clock.sleep(delay)) for name, delay in delays.items()]
     seconds = time_in_turn(field, workload.random_batches(LENGTHS, 4, 2, VOCABULARY), 3, "dense")
     assert {name: len(times) for name, times in seconds.items()} == {"dense": 3, "skimming": 3, "hopeless": 1}
     assert paired_speedup(seconds["dense"], seconds["hopeless"]) < 0.2

@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
 from ..models.tiny import VOCABULARY, tiny
+from .clock import Clock
 
 RATIOS = [1.0, 0.6, 0.2]
 LENGTHS = [9, 4, 14, 6]
@@ -198,10 +198,12 @@ def test_figures(subject: peers.Subject, dtype: str) -> None:
     assert rows[PADDED]["flops_speedup_padded"] == rows[PLAIN]["flops_speedup"] == rows[KEEP_ALL]["flops_speedup"] == 1
 
 
-def test_limits() -> None:
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
     def rounds(limits: Limits) -> dict[str, int]:
         delays = {"quick": 0.0005, "measure": 0.01, "slow": 0.05}
-        running = [Contender(name, lambda inputs, delay=delay: time.sleep(delay)) for name, delay in delays.items()]
+        running = [Contender(name, lambda inputs, delay=delay: clock.sleep(delay)) for name, delay in delays.items()]
         found = time_in_turn(running, batches()[:1], 4, "measure", limits)
         return {name: len(times) for name, times in found.items()}
 
@@ -212,6 +214,7 @@ def test_limits() -> None:
 
 
 def test_who_would_take_too_long_is_left_out(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     calls: list[int] = []
 
     def compiling(*arguments: object) -> peers.Run:
@@ -219,13 +222,13 @@ def test_who_would_take_too_long_is_left_out(subject: peers.Subject, monkeypatch
 
         def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             calls.append(1)
-            time.sleep(0.2 if len(calls) == 2 else 0.0)
+            clock.sleep(0.2 if len(calls) == 2 else 0.0)
             return subject.dense(**inputs).logits
 
         return run
 
     def slow(*arguments: object) -> peers.Run:
-        return lambda inputs: time.sleep(0.2)  # type: ignore[func-returns-value]
+        return lambda inputs: clock.sleep(0.2)  # type: ignore[func-returns-value]
 
     ours = next(peer for peer in peers.PEERS if peer.key == "keep-all")
     monkeypatch.setattr(

@@ -70,7 +70,7 @@ class Row:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> list[Row]:
+def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int, limits: Limits = _LIMITS) -> list[Row]:
     """Times the four ways of running `model` (with skimming) on `batches`."""
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: must be at least 1")
@@ -84,7 +84,7 @@ def compare(model: PreTrainedModel, batches: Sequence[Batch], repeats: int) -> l
                 answers[contender.name].append(contender.run(batch.inputs).argmax(-1))
             if contender.name == SKIMMING:
                 layer_lengths.append(records[0].layer_lengths)
-    seconds = time_in_turn(field, batches, repeats, KEEP_ALL)
+    seconds = time_in_turn(field, batches, repeats, KEEP_ALL, limits)
     skimming_of(model).enabled = True
     return _rows(model, batches, seconds, answers, torch.cat(layer_lengths, 1))
 
