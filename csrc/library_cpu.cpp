@@ -58,8 +58,7 @@ AttentionInputs check_attention(const Tensor& q, const Tensor& k, const Tensor& 
   check_tensor(q, "q", 3, dtype);
   check_tensor(k, "k", 3, dtype);
   const int64_t heads = q.size(1), head_dim = q.size(2);
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "q has head_dim ", head_dim,
-                  "; it must be a multiple of 8");
+  STD_TORCH_CHECK(head_dim > 0, "q has head_dim ", head_dim, "; it must be above 0");
   in.q = check_heads(q, "q", dtype, q.size(0), heads, head_dim);
   in.k = check_heads(k, "k", dtype, k.size(0), heads, head_dim);
   in.v = check_heads(v, "v", dtype, k.size(0), heads, head_dim);

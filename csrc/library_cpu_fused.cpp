@@ -148,8 +148,8 @@ void encoder_layer_(const Tensor& hidden, const Tensor& slots, const Tensor& cu_
   check_float(hidden, "hidden");
   check_dense(hidden, "hidden", 2, hidden.scalar_type());
   const int64_t width = hidden.size(1), head_dim = num_heads > 0 ? width / num_heads : 0;
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim * num_heads == width, "num_heads is ",
-                  num_heads, "; it must split the width of ", width, " into heads of a multiple of 8");
+  STD_TORCH_CHECK(head_dim > 0 && head_dim * num_heads == width, "num_heads is ", num_heads,
+                  "; it must divide the width of hidden, ", width);
   const bool gelu = check_activation(activation), first_only = query_weight.has_value();
   const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", slots.numel());
   const int32_t* index = check_slots(slots, "slots", s.count, hidden.size(0));

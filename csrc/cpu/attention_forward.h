@@ -218,7 +218,8 @@ void attend_unpacked(const ForwardHead<T>& h, const ForwardScratch& s) {
 inline ForwardScratch carve_forward(Carver& carver, int64_t dim, int64_t queries, int64_t keys,
                                     bool importance) {
   const int64_t width = padded(dim), block = key_block(keys, importance);
-  const int64_t state = block < keys ? queries : kTileRows;
+  // Never fewer than a tile: what is taken for the most queries and keys must do for any of fewer.
+  const int64_t state = block < keys && queries > kTileRows ? queries : kTileRows;
   ForwardScratch s;
   s.keys = carver.take(transposed_floats(block, dim));
   s.values = carver.take(block * width);

@@ -150,8 +150,14 @@ CASES: list[Case] = [
     Case(cases.ragged_attention, "tiny", {"key_lengths": (5, 3, 0, 1, 0, 2), "importance": True}),
     Case(cases.ragged_attention, "awkward", {"key_lengths": (65, 1, 9, 130, 40), "head_dim": 64}),
     *(
-        Case(cases.ragged_attention, "awkward", {"head_dim": 40, "keep": keep}, ("reference", "cpu"))
+        Case(cases.ragged_attention, "awkward", {"head_dim": head_dim, "keep": keep}, ("reference", "cpu"))
+        for head_dim in (12, 33, 40)
         for keep in (None, "mixed")
+    ),
+    Case(cases.ragged_attention, "awkward", {"head_dim": 26}),
+    # The sequence with the most keys needs less working memory than a tile of queries over fewer.
+    Case(
+        cases.ragged_attention, "tiny", {"key_lengths": (600, 0, 512, 1, 512, 3), "head_dim": 96}, ("reference", "cpu")
     ),
     *_over(cases.ragged_linear, ALL, width=64, out=96, activation="gelu"),
     *_over(cases.ragged_linear, MOST, width=32, out=40, gather=False),
@@ -169,6 +175,7 @@ CASES: list[Case] = [
     *_over(cases.encoder_layer_, ("awkward",), width=64, heads=1, ff=40, bias=False, activation="none"),
     *_over(cases.encoder_layer_, ("tiny",), width=128, heads=4, ff=64, bias=False, first_only=True),
     *_over(cases.encoder_layer_, ("awkward",), width=384, heads=6, ff=1536),
+    *_over(cases.encoder_layer_, ("awkward",), width=78, heads=3, ff=50),  # heads of 26
     *_over(cases.embed_tokens, MOST, width=64),
     *_over(cases.embed_tokens, ("tiny", "long"), width=33, positions="all", types="all"),
     *_over(cases.embed_tokens, ("awkward",), width=768, positions=None, types=None),

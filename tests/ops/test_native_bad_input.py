@@ -101,14 +101,6 @@ def test_bad_argument_of_attention_backward(name: str, how: str) -> None:
     _refused(backward, {**arguments, name: DENSE_BREAKS[how](arguments[name])})
 
 
-@pytest.mark.parametrize("head_dim", [4, 12, 33])
-def test_head_dim_that_is_no_multiple_of_8(head_dim: int) -> None:
-    CPU.require("ragged_attention")
-    kwargs = cases.ragged_attention(Source(torch.float32), LENGTHS, head_dim=head_dim)
-    with pytest.raises(RuntimeError, match=f"head_dim {head_dim}; it must be a multiple of 8"):
-        SPECS["ragged_attention"].function(**kwargs, kernels="cpu")
-
-
 def test_strided_last_dimension_is_refused() -> None:
     CPU.require("ragged_attention")
     overload, arguments = _raw("ragged_attention")

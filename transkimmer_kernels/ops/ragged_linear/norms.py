@@ -159,7 +159,7 @@ def normalise(
             out,
             source_slots,
             slots,
-            cu_seqlens,
+            cu_seqlens.contiguous(),
             cu_seqlens.numel() - 1,
             most_split,
             eps,

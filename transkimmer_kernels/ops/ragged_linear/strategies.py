@@ -106,7 +106,7 @@ def finish(
             None if bias is None else bias.contiguous(),
             residual,
             residual_slots,
-            cu_seqlens,
+            cu_seqlens.contiguous(),
             cu_seqlens.numel() - 1,
             SIZE=size,
             GELU=gelu,

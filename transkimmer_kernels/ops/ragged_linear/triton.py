@@ -255,7 +255,7 @@ def product(
             partial,
             slots,
             residual_slots,
-            cu_seqlens,
+            cu_seqlens.contiguous(),
             cu_seqlens.numel() - 1,
             int(tiling.fewest_large * processors),
             most,
