@@ -18,9 +18,9 @@ from transkimmer.bench.timing import Limits, compare, paired_speedup, time_in_tu
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
+from ..clock import Clock
 from ..models.tiny import LAYERS, VOCABULARY, tiny
 from ..models.words import word_tokenizer
-from .clock import Clock
 
 RATIOS = [1.0, 0.6, 0.2]
 LENGTHS = [9, 4, 14, 6, 11, 5, 3, 20]
@@ -201,6 +201,20 @@ def test_json_and_html(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "rows.json"]
 
 
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `make demo` runs, on four sentences."""
+    data, page = tmp_path / "rows.json", tmp_path / "page.html"
+    few = ["--batches", "1", "--batch-size", "4", "--repeats", "1"]
+    assert main(["bench", *few, "--json", str(data), "--html", str(page)]) == 0
+    rows = {row["name"]: row for row in json.loads(data.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == [PADDED, PLAIN, KEEP_ALL, SKIMMING]
+    assert all(row["accuracy"] is not None for row in rows.values())
+    assert rows[SKIMMING]["tokens_kept"] < 1 < rows[SKIMMING]["flops_speedup"]
+    shown = capsys.readouterr().out
+    assert "stored when it was trained" in shown and "4 sentences, read 2 times by each of four" in shown
+    assert "stored when it was trained" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -216,7 +230,7 @@ def test_json_and_html(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([*SCHEDULED, "--threads", "0"], "--threads 0: must be at least 1"),
         ([*SCHEDULED, "--max-length", "3"], "--max-length 3: must be at least 4"),
         ([*SCHEDULED, "--max-length", "32", "--lengths", "33"], "--lengths 33: a number must be from 1 to 32 here"),
-        (["--model", "nowhere/at-all"], "--model nowhere/at-all: no such folder"),
+        (["--model", "./nowhere/at-all"], "--model ./nowhere/at-all: no such folder"),
         ([*SCHEDULED, "--kernels", "fast"], "--kernels fast: must be one of"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,13 @@ from benchmarks.gpu_check import containment, readings
 
 # They take most of the time that pytest takes to start.
 NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+PATIENCE_S = 120.0
 
 
-def _run(code: str, tmp_path: Path, limit_s: float = 60.0) -> tuple[containment.Outcome, str]:
+def _run(code: str, tmp_path: Path) -> tuple[containment.Outcome, str]:
     log = tmp_path / "log"
     outcome = containment.run(
-        [sys.executable, "-c", code], limit_s=limit_s, log=log, environment={"GREETING": "hello"}, folder=tmp_path
+        [sys.executable, "-c", code], limit_s=PATIENCE_S, log=log, environment={"GREETING": "hello"}, folder=tmp_path
     )
     return outcome, log.read_text(encoding="utf-8")
 
@@ -38,17 +41,34 @@ def test_endings(code: str, problem: str, tmp_path: Path) -> None:
 
 def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containment, "GRACE_S", 1.0)
-    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    code = (
-        "import subprocess, sys, time\n"
-        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)\ntime.sleep(60)"
+    child = (
+        "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(600)"
     )
-    outcome, log = _run(code, tmp_path, limit_s=2.0)
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(600)"
+    log = tmp_path / "log"
+    outcome = _stopped_once([sys.executable, "-c", code], tmp_path, lambda: log.read_text().endswith("\n"))
     assert outcome.code is None and outcome.problem.startswith("stopped at its limit, after ")
-    pid, deadline = int(log.split()[0]), time.monotonic() + 10
+    pid, deadline = int(log.read_text().split()[0]), time.monotonic() + PATIENCE_S
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(pid)
+
+
+def _stopped_once(command: list[str], folder: Path, begun: Callable[[], bool]) -> containment.Outcome:
+    """What becomes of a command whose time is over as soon as it has `begun`, however long that takes."""
+    log, patience = folder / "log", time.monotonic() + PATIENCE_S
+    running = containment.Running(command, limit_s=math.inf, log=log, environment=NO_PLUGINS, folder=folder)
+    try:
+        while not begun():
+            assert running.outcome() is None and time.monotonic() < patience, log.read_text()
+            time.sleep(0.05)
+        running._deadline = -math.inf
+        while (outcome := running.outcome()) is None:
+            time.sleep(0.05)
+    finally:
+        running.end()
+    return outcome
 
 
 def _alive(pid: int) -> bool:
@@ -59,11 +79,16 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_stopped_pytest_still_tells_how_far_it_came(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text("import time\ndef test_one(): pass\ndef test_two(): time.sleep(60)\n")
+def test_a_stopped_pytest_still_tells_how_far_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containment, "GRACE_S", PATIENCE_S)
+    begun = tmp_path / "begun"
+    (tmp_path / "test_some.py").write_text(
+        "import pathlib, time\ndef test_one(): pass\n"
+        f"def test_two():\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(600)\n"
+    )
     options = ["-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path}/junit.xml", "test_some.py"]
     command = [sys.executable, "-m", "pytest", *options]
-    outcome = containment.run(command, limit_s=5, log=tmp_path / "log", environment=NO_PLUGINS, folder=tmp_path)
+    outcome = _stopped_once(command, tmp_path, begun.exists)
     assert outcome.code is None
     assert readings.junit(tmp_path, "").details["passed"] == 1
 

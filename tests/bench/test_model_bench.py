@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
@@ -20,8 +21,8 @@ from transkimmer.bench.timing import Limits, time_in_turn
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
+from ..clock import Clock
 from ..models.tiny import VOCABULARY, tiny
-from .clock import Clock
 
 RATIOS = [1.0, 0.6, 0.2]
 LENGTHS = [9, 4, 14, 6]
@@ -318,13 +319,18 @@ def run(folder: Path, *options: object) -> int:
 
 
 def test_rows_are_stored_by_device_day_and_commit(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Neither midnight nor a change of the checkout comes between two runs.
+    monkeypatch.setenv("GPU_CHECK_COMMIT", "c0ffee")
+    noon = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.timezone.utc)
+    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda zone: noon), timezone=datetime.timezone)
+    monkeypatch.setattr(results, "datetime", clock)
     assert run(folder, "--batch-size", 1, 3, "--dtype", "fp32", "bf16", "--results", tmp_path) == 0
     (path,) = tmp_path.rglob("*.json")
     assert path.parent.name == results.device_name("cpu") and path.name in capsys.readouterr().out
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert path.stem == f"{document['date'][:10]}-{document['commit']}" and document["schema"] == results.SCHEMA
+    assert path.stem == "2026-01-01-c0ffee" and document["schema"] == results.SCHEMA
     assert {"torch", "processor", "threads", "peers"} <= set(document["environment"])
     rows = document["rows"]
     assert [(row["workload"]["dtype"], row["workload"]["batch_size"]) for row in rows[:: len(peers.PEERS)]] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transkimmer.bench import roofline
@@ -61,10 +63,14 @@ def test_each_step_takes_the_longer_of_its_two_times() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within what any processor does; and no product of a batch may be much faster than the ceiling says."""
-    monkeypatch.setattr(roofline, "_PROBE_SECONDS", 0.05)
-    found = roofline.measure_ceilings("cpu", dtype)
-    assert 1e8 < found.bytes_per_s < 1e13 and 1e8 < found.flops_per_s < 1e15
+    """A copy of a quarter of a GiB, to and fro, and a product of three sizes, if each took half a second."""
+
+    def best_seconds(run: Callable[[], object], device: str) -> float:
+        run()
+        return 0.5
+
+    monkeypatch.setattr(roofline, "best_seconds", best_seconds)
+    assert roofline.measure_ceilings("cpu", dtype) == Ceilings(2 * 2**28 / 0.5, 2 * 512 * 1024 * 2048 / 0.5)
 
 
 def test_the_best_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,9 +125,11 @@ def test_table_tells_every_reason() -> None:
     assert list(rows) == list(OPERATORS)
     for name, row in rows.items():
         assert tuple(row) == BACKENDS
-        assert row == {backend: why_not(OPERATORS[name], backend) or "available" for backend in BACKENDS}
         assert row["reference"] == "available"
-        assert all(row.values()), "a backend that is missing must say why"
+        for backend in BACKENDS:
+            reason = why_not(OPERATORS[name], backend)
+            assert reason is None or reason.strip(), "a backend that is missing must say why"
+            assert row[backend] == ("available" if reason is None else reason)
 
 
 def test_required_backend_fails_instead_of_skipping(monkeypatch: pytest.MonkeyPatch) -> None:

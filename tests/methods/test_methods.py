@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig
 from transkimmer import SkimConfig
+from transkimmer.bench.workload import SCHEDULES, parse_schedule
 from transkimmer.flops import EncoderShape
 from transkimmer.policies import SchedulePolicy
 from transkimmer.predictor import SkimPredictor
@@ -20,6 +23,7 @@ import transkimmer_kernels as tk
 from transkimmer_kernels import Ragged, kernel_set
 
 REFERENCE = kernel_set("reference", "cpu")
+PAPER = json.loads((Path(__file__).parents[2] / "benchmarks/paper.json").read_text(encoding="utf-8"))
 
 
 def test_flops_closed_forms() -> None:
@@ -28,15 +32,14 @@ def test_flops_closed_forms() -> None:
     assert shape.predictor_macs(torch.tensor([1, 129])).tolist() == [0, 128 * (768 * 768 + 2 * 768)]
 
 
-@pytest.mark.parametrize(
-    ("length", "rho", "speedup"),
-    [(53, 0.787, 3.13), (64, 0.806, 2.85), (264, 0.821, 2.70), (512, 0.687, 5.27), (152, 0.865, 2.10)],
-)
-def test_flops_speedup_of_the_papers_tasks(length: int, rho: float, speedup: float) -> None:
+@pytest.mark.parametrize("task", SCHEDULES)
+def test_flops_speedup_of_the_papers_tasks(task: str) -> None:
     """Keep ratios fitted to the paper's padding-free speedups must give them back."""
     shape = EncoderShape.of(BertConfig(), predictor=768)
-    layers = torch.tensor([[max(1, round(length * rho ** (layer + 1)))] for layer in range(12)])
-    assert shape.flops_speedup(torch.tensor([length]), layers) == pytest.approx(speedup, rel=0.02)
+    texts, found = PAPER["data"][task], PAPER["glue"]["bert"] | PAPER["long"]["bert"]
+    length = min(texts["tokens"], texts["padded_to"])
+    layers = torch.tensor([[max(1, round(length * ratio))] for ratio in parse_schedule(task, 12)])
+    assert shape.flops_speedup(torch.tensor([length]), layers) == pytest.approx(found[task]["speedup"], rel=0.02)
 
 
 def test_a_last_layer_of_first_tokens_only() -> None:

@@ -110,7 +110,7 @@ def test_so_are_training_gradients_autocast_and_embeddings_beside_ids(how: str) 
 
 @torch.no_grad()
 def test_errors_are_hugging_faces() -> None:
-    _, skimming = _both("bert")
+    both = _both("bert")
     positions = config_of("bert").max_position_embeddings
     for inputs in (
         {"input_ids": torch.ones(1, positions + 1).long()},
@@ -119,8 +119,12 @@ def test_errors_are_hugging_faces() -> None:
         {"inputs_embeds": torch.ones(2, 3, 5)},
         {"input_ids": torch.ones(3).long()},
     ):
-        with pytest.raises((RuntimeError, IndexError, ValueError)):
-            skimming(**inputs)
+        raised = []
+        for embeddings in both:
+            with pytest.raises((RuntimeError, IndexError, ValueError)) as caught:
+                embeddings(**inputs)
+            raised.append((caught.type, str(caught.value)))
+        assert raised[0] == raised[1]
 
 
 @every_architecture

@@ -10,7 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..target import DTYPES, TARGETS, Target
+from transkimmer_kernels.library import OPERATORS
+from transkimmer_kernels.registry import why_not
+
+from ..target import DTYPES, TARGETS, Target, poisoned_allocations
 from . import oracle
 from .cases import Case
 from .closeness import FORWARD, GRADIENT, assert_close_as_torch
@@ -39,6 +42,10 @@ COMBINATIONS = [
 DIFFERENTIABLE = [parameter for parameter in COMBINATIONS if SPECS[parameter.values[1].operator].leaves]
 
 
+# Outputs that are fp32 for inputs of 16 bits.
+FP32 = {"skim_logit": ("out",), "ragged_attention": ("lse", "importance")}
+
+
 @pytest.mark.parametrize(("target", "case", "dtype"), COMBINATIONS)
 def test_forward(target: Target, case: Case, dtype: torch.dtype) -> None:
     target.require(case.operator)
@@ -52,6 +59,7 @@ def test_forward(target: Target, case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(ours, plain)
             assert ours.dtype == plain.dtype
         else:
+            assert ours.dtype == (torch.float32 if name in FP32.get(spec.name, ()) else dtype)
             assert_close_as_torch(ours, exact, plain, FORWARD, name, terms.get(name))
 
 
@@ -81,3 +89,16 @@ def test_backward(target: Target, case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(ours, yardstick[name])
         else:
             assert_close_as_torch(ours, truth[name], yardstick[name], GRADIENT, f"gradient of {name}", terms.get(name))
+
+
+def test_what_nobody_wrote_is_seen() -> None:
+    """The other tests rest on it, in PyTorch's allocations and in those of native code."""
+    with poisoned_allocations("cpu"):
+        assert torch.empty(3).isnan().all()
+        if (reason := why_not(OPERATORS["compact"], "cpu")) is not None:
+            pytest.skip(reason)
+        offsets = torch.tensor([0, 4], dtype=torch.int32)
+        slots, _ = OPERATORS["compact"].overload("cpu")(
+            torch.zeros(4, dtype=torch.bool), torch.arange(4, dtype=torch.int32), offsets, False
+        )
+        assert (slots[1:] == torch.iinfo(torch.int32).max).all()  # the first place is written and does not count

@@ -44,9 +44,11 @@ SCHEMA = ("test_schema", "test_faketensor")
 AUTOGRAD = ("test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
-def _arguments(operator: str, options: dict[str, Any], target: Target) -> dict[str, Any]:
+def _arguments(
+    operator: str, options: dict[str, Any], target: Target, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Keyword arguments of the public function; every row is defined."""
-    source = Source(torch.float32, target.device)
+    source = Source(dtype, target.device)
     make_batch = source.batch
     source.batch = lambda lengths: make_batch(lengths, spare=0, unlisted=2)  # type: ignore[method-assign]
     extra = {"spare": 0} if operator == "ragged_attention" else {}
@@ -76,6 +78,17 @@ def test_overload(target: Target, operator: str, options: dict[str, Any]) -> Non
     if operator == "ragged_attention":  # see test_attention_ahead_of_time
         utilities = utilities[:-1]
     torch.library.opcheck(OPERATORS[operator].overload(target.backend), raw, test_utils=utilities)
+
+
+@pytest.mark.parametrize(("operator", "options"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_fakes_in_16_bits(target: Target, operator: str, options: dict[str, Any]) -> None:
+    """Where some outputs are fp32 and some are not."""
+    target.require(operator)
+    kwargs = _arguments(operator, options, target, torch.bfloat16)
+    with target.only(operator) as ran:
+        SPECS[operator].function(**clone(kwargs), kernels=target.backend)
+    overload = OPERATORS[operator].overload(target.backend)
+    torch.library.opcheck(overload, ran.arguments(operator), test_utils=SCHEMA)
 
 
 @pytest.mark.parametrize("options", ARGUMENTS["ragged_attention"], ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from transkimmer_kernels import cpu_products, kernel_set
 from transkimmer_kernels.cpu_products import FORMS, pack_weight
 
+from ..clock import Clock
 from ..target import DTYPES, Target
 from .closeness import FORWARD, assert_close_as_torch
 
@@ -133,10 +133,11 @@ def test_forms_are_timed_where_none_was_measured(monkeypatch: pytest.MonkeyPatch
     sleepy = set(offered)
 
     def products(dtype: torch.dtype, form: str) -> Callable[[], None]:
-        return lambda: time.sleep(0.02 if form in sleepy else 0)
+        return lambda: clock.sleep(0.02 if form in sleepy else 0.001)
 
     monkeypatch.setattr(cpu_products, "_MEASURED", {})
     with monkeypatch.context() as timed:
+        clock = Clock(timed)
         timed.setattr(cpu_products, "_products", products)
         for fastest in offered:
             sleepy = set(offered) - {fastest}
