@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,8 @@ class Architecture:
     ffn_dropout: str | None  # after the FFN's output projection
     input_projection: str | None = None  # from the encoder, applied to the embeddings
     output: type = BaseModelOutput
+    counts_from_padding: bool = False  # positions of tokens start behind the id of the padding
+    encoder_sees_positions: bool = True  # is called with `position_ids`, which tell packed sequences apart
 
 
 def _albert_layers(encoder: Any) -> list[nn.Module]:
@@ -63,9 +65,13 @@ _BERT = Architecture(
     output=BaseModelOutputWithPastAndCrossAttentions,
 )
 
+_ROBERTA = replace(_BERT, counts_from_padding=True)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
-    "roberta": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
     "distilbert": Architecture(
         encoder="transformer",
         layers=lambda encoder: list(encoder.layer),
@@ -80,6 +86,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm2="output_layer_norm",
         attention_dropout=None,
         ffn_dropout="ffn.dropout",
+        encoder_sees_positions=False,
     ),
     "albert": Architecture(
         encoder="encoder",
@@ -122,7 +129,9 @@ def encoder_of(model: PreTrainedModel) -> Any:
 
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
+    """Of Hugging Face's own heads, those that are known to; one that is somebody's own may read anything."""
+    kind = type(model)
+    return kind.__module__.startswith("transformers.") and kind.__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def get(module: nn.Module, path: str) -> Any:

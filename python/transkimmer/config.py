@@ -51,13 +51,20 @@ class SkimConfig:
     pruned_training: bool = False
     schedule: list[float] | None = None
 
-    # Of the model that the configuration belongs to; set by `add_skimming`.
+    # Of the models that the configuration belongs to; set by `add_skimming`.
     _layers: ClassVar[int | None] = None
+    _saved: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses a value out of range, as `check` does: a live model reads its fields at every forward."""
         if name not in _RANGES:
             raise AttributeError(f"SkimConfig.{name}: unknown field; known are {sorted(_fields())}")
+        self.set_for_now(name, value)
+        for saved in self._saved:
+            saved[name] = value
+
+    def set_for_now(self, name: str, value: Any) -> None:
+        """Sets a field of the live model as an assignment does, but not what is saved with it."""
         _check_field(name, value, self._layers)
         self._check_together(name, value)
         object.__setattr__(self, name, value)
@@ -76,13 +83,24 @@ class SkimConfig:
                 "skimmed tokens count in the softmax to the end; it must be 'renormalized'"
             )
 
-    def bind(self, layers: int | None) -> None:
+    def bind(self, layers: int) -> dict[str, Any]:
         """From now on a schedule must have a ratio for each of `layers` layers; ValueError where it has not.
 
-        None: of any number of layers, as in a configuration without a model.
+        Returns what a model saves, which follows every assignment from now on.
         """
         _check_field("schedule", self.schedule, layers)
         object.__setattr__(self, "_layers", layers)
+        object.__setattr__(self, "_saved", (*self._saved, self.to_dict()))
+        return self._saved[-1]
+
+    def release(self, saved: dict[str, Any]) -> None:
+        """Takes `bind` back: a model without skimming saves nothing, and a schedule may be of any number of layers."""
+        object.__setattr__(self, "_layers", None)
+        object.__setattr__(self, "_saved", tuple(other for other in self._saved if other is not saved))
+
+    def __copy__(self) -> SkimConfig:
+        """Of no model."""
+        return dataclasses.replace(self)
 
     @property
     def logit_threshold(self) -> float:

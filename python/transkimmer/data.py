@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from .architectures import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class Example:
@@ -118,6 +120,7 @@ def padded_batches(
 
 
 def positions_of(config: PreTrainedConfig) -> int:
-    """Tokens that fit a model's position embeddings; RoBERTa's start behind the padding's."""
-    taken = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    """Tokens that fit a model's position embeddings."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    taken = config.pad_token_id + 1 if architecture is not None and architecture.counts_from_padding else 0
     return int(config.max_position_embeddings) - taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -58,9 +59,21 @@ class SkimmingEncoder(nn.Module):
     skim_graphs: GraphedTraining | None
 
     def train(self, mode: bool = True) -> Any:
-        """Also drops the kernels' copy of the weights: not every optimizer marks what it changes (fused AdamW)."""
-        self.skim_weights.clear()
+        """A switch drops the kernels' copy of the weights: not every optimizer marks what it changes (fused AdamW)."""
+        if mode != self.training:
+            self.skim_weights.clear()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Drops that copy, too: what is loaded into inference tensors is not counted."""
+        self.skim_weights.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica on another device needs weights that lie there."""
+        replica = super()._replicate_for_data_parallel()
+        replica.skim_weights = WeightCache()
+        return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What `.to()` and its like are made of: a copy of weights that are gone holds memory of theirs, too."""
@@ -98,7 +111,7 @@ class SkimmingEncoder(nn.Module):
         kernels = kernel_set(self.skim_kernels, hidden.device.type)
         cu_seqlens, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
         if cu_seqlens is None and mask is None and hidden.size(0) == 1:
-            cu_seqlens = _packed_by_positions(kwargs.get("position_ids"))
+            cu_seqlens = packed_by_positions(kwargs.get("position_ids"))
         if cu_seqlens is None:
             if mask is not None and mask.shape != hidden.shape[:2]:
                 raise ValueError(
@@ -150,14 +163,17 @@ class SkimmingEncoder(nn.Module):
             _show_first_token_in_front(batch.hidden, mask)
         output = batch.hidden.to(given.dtype)
         if wants_gradients:
-            trigger = next(self.parameters())
+            trigger = next(self.parameters(), given)  # a replica of `nn.DataParallel` has none of its own
             if given.requires_grad or trigger.requires_grad:
                 output = _NoBackward.apply(output, trigger)
         return output
 
     def _train(self, batch: Ragged, architecture: Architecture, record: SkimRecord, mask: Tensor | None) -> Tensor:
         self.skim_weights.clear()
-        kernels = kernel_set(self.skim_kernels, batch.hidden.device.type, batch.hidden.dtype)
+        device_type, dtype = batch.hidden.device.type, batch.hidden.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        kernels = kernel_set(self.skim_kernels, device_type, dtype)
         count = longest = 0
         if batch.batch:
             count, longest = torch.stack([batch.cu_seqlens[-1], batch.cu_seqlens.diff().max()]).tolist()
@@ -237,7 +253,7 @@ def _known_to_start_in_front(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and all(mask[:, 0].tolist())  # numbers: an operator that reduces takes longer
 
 
-def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
+def packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
     """Offsets of sequences flattened into one row, where positions [1, tokens] start anew; None for a single one."""
     if position_ids is None or position_ids.size(0) != 1 or position_ids.size(1) < 2:
         return None
@@ -248,13 +264,23 @@ def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([ends.new_zeros(1), starts, ends]).int()
 
 
+class _SkimmingType(type):
+    """The type of classes made by `skimming_class`: pickled by what they are made of, so that any process has them."""
+
+
 _classes: dict[type, type] = {}
 
 
 def skimming_class(kind: type, mixin: type = SkimmingEncoder) -> type:
-    """`kind` with the forward of `mixin`; one class per kind, importable by name for pickling."""
+    """`kind` with the forward of `mixin`; one class per kind."""
     if kind not in _classes:
-        name = f"Skimming{kind.__name__}"
-        _classes[kind] = type(name, (mixin, kind), {"__module__": __name__})
-        globals()[name] = _classes[kind]
+        _classes[kind] = _SkimmingType(f"Skimming{kind.__name__}", (mixin, kind), {"__module__": __name__})
     return _classes[kind]
+
+
+def _made_of(cls: type) -> tuple[Any, tuple[type, type]]:
+    mixin, kind = cls.__bases__
+    return skimming_class, (kind, mixin)
+
+
+copyreg.pickle(_SkimmingType, _made_of)

@@ -260,7 +260,7 @@ class GraphedForward:
     def _replay(self, request: Request, size: tuple[int, int]) -> ModelOutput:
         key = self._key(request, size)
         with torch.inference_mode(False), torch.no_grad():
-            output = self.cache.replay(key, lambda: _StaticForward(self._model, request, size), request)
+            output = self.cache.replay(key, lambda: _StaticForward(self._model, self._encoder, request, size), request)
         held = self._encoder.skim_weights.held
         self._weights = None if held is None else weakref.ref(held)
         return output
@@ -296,7 +296,9 @@ def _longest(model: Any) -> int:
 class _StaticForward:
     """A model's forward on buffers [size[0], (choices,) size[1]], padded on the right and with empty sequences."""
 
-    def __init__(self, model: PreTrainedModel, request: Request, size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, encoder: SkimmingEncoder, request: Request, size: tuple[int, int]
+    ) -> None:
         self._model = model
         self.shape = (size[0], *request.shape[1:-1], size[1])
         like = next(iter(request.inputs.values()))
@@ -310,6 +312,7 @@ class _StaticForward:
         # Which axes of an output are as long as the sequence is: told by a forward that is one token shorter.
         shorter = (*self.shape[:-1], max(size[1] - 1, 1))
         self._shorter = {name: x.shape for name, x in self._forward(shorter).items()}
+        self._prepared = encoder.skim_weights.held  # kept, too: those of other settings may take their place
         self._corners: dict[tuple[int, ...], Tensors] = {}
 
     def _cut(self, shape: tuple[int, ...]) -> Tensors:

@@ -15,7 +15,7 @@ from transkimmer_kernels.runtime import GraphCache
 from .architectures import architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .embeddings import SkimmingEmbeddings
-from .encoder import ATTENTION_NAME, SkimmingEncoder, skimming_class
+from .encoder import ATTENTION_NAME, SkimmingEncoder, packed_by_positions, skimming_class
 from .graphed_training import GraphedTraining
 from .graphs import MODES, GraphedForward
 from .predictor import SkimPredictor
@@ -177,7 +177,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     the same, and the skim loss is added to the model's loss. `remove_skimming` undoes it.
 
     Args:
-        model: a BERT, RoBERTa, DistilBERT or ALBERT encoder with any head.
+        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ALBERT encoder with any head.
         config: defaults to `SkimConfig()`. Fresh predictors keep every token until they are trained.
         kernels: "auto", "cpu", "triton", "cuda" or "reference"; can be changed later at `model.skimming.kernels`.
 
@@ -202,7 +202,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     weight = next(encoder.parameters())
     if weight.device.type != "meta":
         _kernels_for(encoder, kernels)
-    config.bind(count)
+    saved = config.bind(count)
     predictors = nn.ModuleList(
         SkimPredictor(model.config.hidden_size, config.predictor_width, config.bias_init) for _ in range(count)
     )
@@ -225,9 +225,9 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     model.forward = forward
     model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
     model.set_attn_implementation(ATTENTION_NAME)
-    setattr(model.config, CONFIG_KEY, config.to_dict())
+    setattr(model.config, CONFIG_KEY, saved)
     skimming._hooks = [
-        model.register_forward_pre_hook(_refuse_per_layer_outputs, with_kwargs=True),
+        model.register_forward_pre_hook(_check_arguments, with_kwargs=True),
         model.register_forward_hook(_add_skim_loss),
     ]
     return model
@@ -239,7 +239,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     encoder = skimming._encoder
     for hook in skimming._hooks:
         hook.remove()
-    skimming.config.bind(None)
+    skimming.config.release(getattr(model.config, CONFIG_KEY))
     for name in [*vars(encoder), *encoder._modules]:
         if name.startswith("skim_"):
             delattr(encoder, name)
@@ -254,7 +254,8 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _refuse_per_layer_outputs(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refuses what asks for states per layer; hands offsets to an encoder that would not see the positions."""
     for name in ("output_hidden_states", "output_attentions"):
         wanted = kwargs.get(name)
         if wanted or (wanted is None and getattr(model.config, name, False)):
@@ -262,6 +263,12 @@ def _refuse_per_layer_outputs(model: PreTrainedModel, args: tuple[Any, ...], kwa
                 f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
                 "leave it off, or call remove_skimming first"
             )
+    positions = kwargs.get("position_ids")
+    alone = positions is not None and kwargs.get("attention_mask") is None and kwargs.get("cu_seq_lens_q") is None
+    if alone and not architecture_of(model).encoder_sees_positions:
+        cu_seqlens = packed_by_positions(positions)
+        return None if cu_seqlens is None else (args, {**kwargs, "cu_seq_lens_q": cu_seqlens})
+    return None
 
 
 def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:

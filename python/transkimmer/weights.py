@@ -151,7 +151,10 @@ def _prepare(
             if id(module) not in prepared:
                 prepared[id(module)] = _prepare_layer(module, architecture, kernels, dtype, split=False)
             layers.append(prepared[id(module)])
-    return EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors])  # type: ignore[arg-type]
+    weights = EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors])  # type: ignore[arg-type]
+    if kernels.device_type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream().synchronize()  # another thread may read them on another stream
+    return weights
 
 
 def _prepare_layer(

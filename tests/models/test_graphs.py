@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -328,6 +330,22 @@ def test_the_model_stays_a_hugging_face_model(tapes: None) -> None:
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(remove_skimming(model))
+
+
+@torch.no_grad()
+def test_a_graph_keeps_the_weights_it_was_captured_with(tapes: None) -> None:
+    """Those of another setting take their place in the model, not in the graph."""
+    model, inputs = skimming(), padded_inputs()
+    model.skimming.capture(4, 16)
+    prepared = weakref.ref(model.bert.encoder.skim_weights.held)
+    expected = assert_replayed(model, inputs).logits
+    model.skimming.first_token_only = False
+    model(**inputs)
+    assert model.skimming.why_eager is None and len(model.skimming.graphs) == 2
+    gc.collect()
+    assert prepared() is not None and prepared() is not model.bert.encoder.skim_weights.held
+    model.skimming.first_token_only = True
+    assert torch.equal(model(**inputs).logits, expected) and model.skimming.why_eager is None
 
 
 def test_threads_and_models(tapes: None) -> None:

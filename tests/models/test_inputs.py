@@ -73,8 +73,6 @@ def test_inputs_embeds(architecture: str) -> None:
 @pytest.mark.parametrize("with_offsets", [True, False])
 @torch.no_grad()
 def test_packed_input_from_the_flattening_collator(architecture: str, with_offsets: bool) -> None:
-    if architecture == "distilbert" and not with_offsets:
-        pytest.skip("DistilBertModel does not hand position_ids to its encoder; it needs the offsets")
     model = add_skimming(tiny(architecture))
     undecided_predictors(model)
     inputs = padded_inputs()

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from transkimmer import SkimConfig, add_skimming, record_skimming, remove_skimming
+from transkimmer.data import positions_of
 
 from .tiny import (
     ARCHITECTURES,
     HEADS,
     KERNELS,
     LAYERS,
+    ROBERTAS,
     main_output,
     no_dropout,
     padded_inputs,
@@ -39,6 +41,25 @@ def test_keep_all_equals_the_dense_model(architecture: str, head: str, kernels: 
     assert set(model.skimming.serves.values()) == {kernels}
     expected, actual = (real_rows(main_output(x), inputs["attention_mask"]) for x in (dense, skimming))
     assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", [name for name in ROBERTAS if name != "roberta"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_copies_of_roberta_skim_as_it_does(architecture: str, head: str, training: bool) -> None:
+    """Hugging Face has a copy of RoBERTa's code for each; those who take the place of a part must know them all."""
+    original, copied = (no_dropout(add_skimming(tiny(name, head))) for name in ("roberta", architecture))
+    undecided_predictors(original)
+    copied.load_state_dict(original.state_dict())
+    assert positions_of(copied.config) == positions_of(original.config) == original.config.max_position_embeddings - 2
+    outputs = []
+    for model in (original, copied):
+        torch.manual_seed(3)
+        with record_skimming() as records:
+            outputs.append(main_output(model.train(training)(**padded_inputs(choices=2 if head == "choice" else 0))))
+        assert 0.1 < records[0].tokens_kept[-1] < 0.9
+    assert type(copied).__name__.lower().startswith(architecture.replace("-", "")) and torch.equal(*outputs)
 
 
 @every_architecture

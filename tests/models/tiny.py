@@ -15,9 +15,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    CamembertConfig,
     DistilBertConfig,
     PreTrainedModel,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 # What a test runs that is about kernels: those that TRANSKIMMER_KERNELS names, which then serve every other test, too.
@@ -33,6 +35,7 @@ HEADS = {
     "choice": AutoModelForMultipleChoice,
 }
 ARCHITECTURES = ("bert", "roberta", "distilbert", "albert")
+ROBERTAS = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}
 
 
 def config_of(architecture: str, **overrides: object) -> object:
@@ -50,8 +53,8 @@ def config_of(architecture: str, **overrides: object) -> object:
         names = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
         names["intermediate_size"] = "hidden_dim"
         return DistilBertConfig(**{names.get(key, key): value for key, value in sizes.items()}, **overrides)
-    if architecture == "roberta":
-        return RobertaConfig(**sizes, pad_token_id=1, **overrides)
+    if architecture in ROBERTAS:
+        return ROBERTAS[architecture](**sizes, pad_token_id=1, **overrides)
     if architecture == "albert":
         return AlbertConfig(**sizes, embedding_size=32, num_hidden_groups=1, hidden_act="gelu", **overrides)
     return BertConfig(**sizes, **overrides)
