@@ -37,12 +37,11 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [
-        os.environ.get("CUDACXX") or "nvcc",
-        *(str(Path(home, "bin/nvcc")) for home in homes if home),
-    ]
-    return find_tool(*candidates)
+    """What is asked for, CUDACXX before CUDA_HOME and CUDA_PATH; where nothing is, PATH's before /usr/local/cuda's."""
+    if wanted := os.environ.get("CUDACXX"):
+        return find_tool(wanted)
+    homes = filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))
+    return find_tool(*(str(Path(home, "bin/nvcc")) for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc")
 
 
 def find_torch() -> Path | None:

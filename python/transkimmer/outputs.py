@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,17 @@ def logits_in(output: Any) -> Tensor:
     return torch.stack([output.start_logits, output.end_logits], 1)
 
 
+def in_order(parts: Sequence[Tensor]) -> list[Tensor]:
+    """What replicas under `nn.DataParallel` return, by device, as their outputs are put together."""
+    return sorted(parts, key=lambda part: part.device.index or 0)
+
+
 @contextmanager
 def final_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects what the encoder of `model`, dense or skimming, returns to its head: [batch, seq, d] per forward."""
+    """Collects what the encoder of `model`, dense or skimming, returns to its head: [batch, seq, d] per forward.
+
+    Under `nn.DataParallel` that is one per replica (`in_order`).
+    """
     states: list[Tensor] = []
 
     def see(encoder: nn.Module, args: Any, output: Any) -> None:

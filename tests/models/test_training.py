@@ -103,6 +103,24 @@ def test_all_kernels_train_like_the_reference(architecture: str) -> None:
     assert relative_error(*gradients) <= 1e-4
 
 
+@every_architecture
+def test_dropout_is_that_of_the_dense_model(architecture: str) -> None:
+    """Of hidden states; of attention probabilities it is not applied. Unpadded, both draw in the same order."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    if architecture == "distilbert":
+        names = ("dropout", "attention_dropout")
+    inputs, outputs = padded_inputs((9, 9, 9)), []
+    dense = tiny(architecture, **dict(zip(names, (0.3, 0.0), strict=True)))
+    ours = add_skimming(tiny(architecture, **dict(zip(names, (0.3, 0.9), strict=True))))
+    ours.skimming.enabled = False
+    for model in (dense.train(), ours.train()):
+        set_seed(5)
+        outputs.append(model(**inputs).last_hidden_state.detach())
+    assert relative_error(outputs[1], outputs[0]) <= 1e-5
+    with torch.no_grad():
+        assert relative_error(ours.eval()(**inputs).last_hidden_state, outputs[0]) > 0.1
+
+
 def test_a_norm_with_a_hook_is_called() -> None:
     """No kernel takes its place, in the layers or in the predictors."""
     model, seen = add_skimming(tiny("bert", "sequence")).train(), []
@@ -218,6 +236,13 @@ def test_calibration_reaches_the_wanted_speedup() -> None:
     # One step back skims too little.
     model.skimming.config.threshold = 1 / (1 + math.exp(0.06))
     assert evaluate_classifier(model, batches).flops_speedup < wanted
+
+
+@pytest.mark.parametrize(("field", "value"), [("decision", "sample"), ("schedule", [1.0, 0.5, 0.5])])
+def test_only_a_threshold_can_be_calibrated(field: str, value: object) -> None:
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(**{field: value})).eval()
+    with pytest.raises(ValueError, match=rf"^model: its SkimConfig.{field} is .*only decisions by threshold"):
+        calibrate(model, [{**padded_inputs(), "labels": LABELS}], 1.5)
 
 
 def test_calibration_that_cannot_reach_its_goal_changes_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from transkimmer_kernels import native
+from transkimmer_kernels import env, native
 
 ROOT = Path(__file__).parents[2]
 SETUP = "import runpy, sys; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
@@ -135,6 +136,24 @@ def test_the_cuda_library_is_built_where_nvcc_is() -> None:
         assert "sm_" in listed.stdout
 
 
+def test_the_toolkit_that_is_asked_for_comes_before_paths(tmp_path: Path) -> None:
+    for name in ("home", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin/nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / name / "bin/nvcc").chmod(0o755)
+    found = SETUP.replace("runpy.run_path", "s = runpy.run_path") + "; print('\\n', s['find_nvcc']())"
+    path = f"{tmp_path / 'path/bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def nvcc(**variables: str) -> str:
+        unset = {"CUDACXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+        return _python(found, PATH=path, **{**unset, **variables})[0].split()[-1]
+
+    home, asked = str(tmp_path / "home"), str(tmp_path / "home/bin/nvcc")
+    assert nvcc() == str(tmp_path / "path/bin/nvcc")
+    assert nvcc(CUDA_HOME=home) == nvcc(CUDA_PATH=home) == nvcc(CUDACXX=asked) == asked
+    assert nvcc(CUDACXX=str(tmp_path / "nowhere"), CUDA_HOME=home) == "None"
+
+
 def test_the_report_names_every_operator_and_reason() -> None:
     out, _ = _python("from transkimmer_kernels.env import main; main(['--json'])")
     data = json.loads(out)
@@ -142,6 +161,16 @@ def test_the_report_names_every_operator_and_reason() -> None:
     for row in data["operators"].values():
         assert row["reference"] == "available"
         assert all(row.values()), "an unavailable backend says why"
+
+
+def test_the_report_that_people_read_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    env.main([])
+    text = capsys.readouterr().out
+    for name, row in env.report()["operators"].items():
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        for state, number in zip(row.values(), re.findall(r"available|no \[(\d+)\]", line), strict=True):
+            assert (number == "") == (state == "available")
+            assert not number or f"[{number}] {state.removesuffix(f' for {name}')}" in text
 
 
 def test_setup_without_torch_is_one_line_with_the_command() -> None:

@@ -285,7 +285,29 @@ def test_training_does_not_start_from_a_skimming_model(
     word_tokenizer().save_pretrained(tmp_path / "model")
     assert train(backbone, data, tmp_path / "run", "--dense", str(tmp_path / "model")) == 2
     assert f"--dense {tmp_path / 'model'}: is a skimming model; must be" in capsys.readouterr().err
+    assert train(tmp_path / "model", data, tmp_path / "run") == 2
+    assert f"--backbone {tmp_path / 'model'}: is a skimming model; must be" in capsys.readouterr().err
+    assert train(backbone, data, tmp_path / "run", "--dense", str(backbone), "--mode", "paper") == 2
+    assert f"--dense {backbone}: --mode paper starts from --backbone; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_of_another_task_gets_a_new_head(tmp_path: Path, data: Path) -> None:
+    tiny("bert", "sequence", num_labels=3).save_pretrained(tmp_path / "three")
+    word_tokenizer().save_pretrained(tmp_path / "three")
+    places = ["--backbone", str(tmp_path / "three"), "--data", str(data), "--output", str(tmp_path / "run")]
+    assert main(["train", "--task", "sst2", "--mode", "dense", "--dense-epochs", "0.1", *places]) == 0
+    assert load_file(tmp_path / "run/model/model.safetensors")["classifier.weight"].size(0) == 2
+
+
+def test_draws_are_calibrated_to_by_a_threshold(tmp_path: Path, backbone: Path, data: Path) -> None:
+    options = ["--mode", "published", "--epochs", "0.2", "--calibration", "sampled", "--bias-init", "1"]
+    assert train(backbone, data, tmp_path / "run", *options) == 0
+    document = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    found = document["calibration"]
+    assert found["method"] == "sampled"
+    assert found["argmax_flops_speedup"] < 1 < found["flops_speedup"], "the argmax keeps all, draws do not"
+    assert from_pretrained(tmp_path / "run/model").skimming.config.decision == "sample"
 
 
 def test_a_model_of_another_task_is_judged_with_a_note(

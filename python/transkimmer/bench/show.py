@@ -92,7 +92,7 @@ def word_depths(
     """
     encoding = tokenizer(text, pair, return_tensors="pt", truncation=True, max_length=max_length)
     with record_skimming() as records:
-        logits = model(**encoding).logits
+        logits = model(**encoding.to(model.device)).logits
     predicted = int(logits.argmax()) if logits.numel() > 1 else float(logits)
     depth = records[0].keep_masks[:, 0].sum(0)  # [seq]
     spans: dict[tuple[int, int], tuple[int, int, int]] = {}

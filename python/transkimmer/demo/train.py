@@ -202,8 +202,9 @@ def _logits(model: PreTrainedModel, examples: TokenizedExamples, tokenizer: PreT
     logits = []
     for batch in tqdm(padded_batches(examples, tokenizer, 128, sort=True), total=-(-len(order) // 128), desc="teacher"):
         batch.pop("labels")
+        inputs = {name: column.to(model.device) for name, column in batch.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
-            logits.append(model(**batch).logits.float())
+            logits.append(model(**inputs).logits.float().cpu())
     restored = torch.empty(len(order), 2)
     restored[torch.tensor(order)] = torch.cat(logits)
     return restored

@@ -33,9 +33,14 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
         What was added to the keep-minus-skim logits.
 
     Raises:
-        ValueError: the largest shift does not reach `flops_speedup`; the model is then unchanged.
+        ValueError: the model decides by draws or by a schedule, or the largest shift does not reach `flops_speedup`;
+            it is then unchanged.
     """
     skimming = skimming_of(model)
+    if skimming.config.decision != "threshold" or skimming.config.schedule is not None:
+        given = "schedule" if skimming.config.schedule is not None else "decision"
+        value = getattr(skimming.config, given)
+        raise ValueError(f"model: its SkimConfig.{given} is {value!r}; only decisions by threshold can be calibrated")
     threshold, start = skimming.config.threshold, skimming.config.logit_threshold
 
     def speedup(raised: int) -> float:

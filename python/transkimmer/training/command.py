@@ -114,8 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
         check_folder("--dense", str(arguments.dense), needed, allowed)
         if hasattr(AutoConfig.from_pretrained(arguments.dense), CONFIG_KEY):
             raise ValueError(f"--dense {arguments.dense}: is a skimming model; must be {allowed}")
-    if arguments.dense is None or not recipe.warm_start:
+        if recipe.mode != "dense" and not recipe.warm_start:
+            raise ValueError(f"--dense {arguments.dense}: --mode {recipe.mode} starts from --backbone; leave it out")
+    else:
         check_pretrained("--backbone", arguments.backbone, needed)
+        if hasattr(AutoConfig.from_pretrained(arguments.backbone), CONFIG_KEY):
+            raise ValueError(f"--backbone {arguments.backbone}: is a skimming model; must be a dense one")
     places = (arguments.backbone, arguments.output, arguments.data, arguments.dense)
     job = Run(task, recipe, *places, arguments.save_steps, arguments.cuda_graphs)
     prepare_output(job, arguments.resume)

@@ -24,7 +24,7 @@ from ..data import Features, padded_batches
 from ..flops import EncoderShape
 from ..loading import from_pretrained
 from ..outputs import final_states, logits_in
-from ..skimming import CONFIG_KEY, add_skimming, skimming_of
+from ..skimming import add_skimming, skimming_of
 from ..tasks import Task, load_split
 from .calibration import calibrate
 from .evaluation import SkimEvaluation, evaluate
@@ -81,7 +81,6 @@ class Run:
             figures["calibration"] = self._calibrate(model, calibration)
             set_seed(self.recipe.seed)  # a resumed run draws the same decisions, where they are drawn
             figures["calibration"] |= self.kind.fit(model, calibration)
-            setattr(model.config, CONFIG_KEY, skimming_of(model).config.to_dict())
             save_whole(model, tokenizer, self.output / MODEL)
             figures["held_out"] = self._by_decision(model, calibration)
             figures["dev"] = self._by_decision(model, judged)
@@ -97,7 +96,7 @@ class Run:
         if self.recipe.mode != "dense" and not self.recipe.warm_start:
             return self._fresh()
         if finished.is_dir():
-            return self.kind.load(finished, "--dense")
+            return on_device(self.kind.load(finished, "--dense"))
         if self.dense is not None:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
@@ -109,11 +108,13 @@ class Run:
         save_whole(model, tokenizer, finished)
         drop_checkpoints(folder)
         # Loaded like a resumed run loads it, so that both go on from the same numbers.
-        return self.kind.load(finished, "--dense")
+        return on_device(self.kind.load(finished, "--dense"))
 
     def _fresh(self) -> PreTrainedModel:
+        """The backbone with a head for the task: a new one, where that of another task has other outputs."""
         set_seed(self.recipe.seed)
-        return self.kind.auto_class.from_pretrained(self.backbone, **self.kind.options())
+        options = self.kind.options()
+        return self.kind.auto_class.from_pretrained(self.backbone, ignore_mismatched_sizes=True, **options)
 
     def skimming_model(
         self, dense: PreTrainedModel, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ class Run:
         """Trained from `dense`, which is changed; not calibrated."""
         folder = self.output / "skimming"
         if (folder / MODEL).is_dir():
-            return from_pretrained(folder / MODEL, self.kind.auto_class)
+            return on_device(from_pretrained(folder / MODEL, self.kind.auto_class))
         examples = self.kind.features(train, tokenizer, self.recipe.longest(dense.config))
         if self.recipe.distils and self.recipe.warm_start:
             logits, states = lessons_of(dense, examples, tokenizer)
@@ -146,6 +147,14 @@ class Run:
 
     def _calibrate(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         """What was wanted, what was added to the logits, and why not, where it could not be reached."""
+        config = skimming_of(model).config
+        decision, config.decision = config.decision, "threshold"
+        try:
+            return self._calibrate_threshold(model, rows)
+        finally:
+            config.decision = decision
+
+    def _calibrate_threshold(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         before = evaluate(model, rows.batches).flops_speedup
         report: dict[str, Any] = {"method": self.recipe.calibration, "argmax_flops_speedup": before}
         if self.recipe.calibration == "none":
@@ -201,6 +210,11 @@ class Run:
         }
 
 
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, moved to this process's GPU, if there is one."""
+    return torch.nn.Module.to(model, PartialState().device if torch.cuda.is_available() else "cpu")
+
+
 def hold_out(rows: Sequence[Any], recipe: Recipe) -> tuple[list[Any], list[Any]]:
     """(rows to train on, rows to calibrate on)."""
     shuffled = list(rows)
@@ -222,7 +236,7 @@ def lessons_of(
     Returns:
         Logits fp32 [outputs] per example, or [2, tokens] (`logits_in`), and final states of its first token fp32 [d].
     """
-    torch.nn.Module.to(model, PartialState().device if torch.cuda.is_available() else "cpu").eval()
+    on_device(model).eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
     batches = padded_batches(examples, tokenizer, EVALUATION_BATCH, sort=True)
     found: list[tuple[Tensor, Tensor]] = []

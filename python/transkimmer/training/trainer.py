@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..config import SkimConfig
-from ..outputs import final_states, logits_in
+from ..outputs import final_states, in_order, logits_in
 from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
 from .curves import follow, is_logged
@@ -103,6 +103,14 @@ class SteadyTrainer(Trainer):
     Batches grouped by length are drawn from the seed and the epoch, so that a resumed run sees the same ones.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._epochs = _Epochs()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self._epochs)
+        # Heads of encoders return the mean over a batch, whatever arguments their forward lets through: a sum over all
+        # processes and accumulated batches is not what they could divide.
+        self.model_accepts_loss_kwargs = False
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """`Trainer`'s, with steps given as a share of all of them counted out.
 
@@ -119,7 +127,7 @@ class SteadyTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = _SeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+            sampler = self._epochs.sampler = _SeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
         return sampler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -155,6 +163,18 @@ class _SeededSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch: `Trainer` does not reach it behind the wrappers of a resumed run's processes."""
+
+    sampler: _SeededSampler | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class SkimTrainer(SteadyTrainer):
     """Trains a model that `add_skimming` has been called on, and logs what it skims (`SkimCurves.scalars`)."""
 
@@ -165,6 +185,12 @@ class SkimTrainer(SteadyTrainer):
         config = skimming_of(self.model).config
         self.add_callback(_Schedules(config, self.args.skim_ramp, self.args.noise_decay))
         self.curves = follow(self)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The teacher's columns are read here and by no model; without this they would be dropped as unused."""
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        columns += [name for name in (TEACHER_LOGITS, TEACHER_STATES) if name not in columns]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Parameter groups: backbone with and without weight decay, predictors with their own learning rate."""
@@ -213,7 +239,8 @@ class SkimTrainer(SteadyTrainer):
                 logits_in(outputs), teacher_logits, temperature
             )
         if teacher_states is not None and model.training:
-            apart = F.mse_loss(states[0][:, 0].float(), teacher_states.float())
+            first = torch.cat([part[:, 0].to(teacher_states.device) for part in in_order(states)])
+            apart = F.mse_loss(first.float(), teacher_states.float())
             loss = loss + self.args.state_distillation_weight * apart
         return (loss, outputs) if return_outputs else loss
 
@@ -269,8 +296,8 @@ class _Schedules(TrainerCallback):
 
     def _set(self, model: nn.Module, risen: float, noise_left: float) -> None:
         config = skimming_of(model).config
-        config.noise = noise_left * self.noise
+        config.set_for_now("noise", noise_left * self.noise)
         if self.target:
-            config.skim_target = 1 - risen * (1 - self.target)
+            config.set_for_now("skim_target", 1 - risen * (1 - self.target))
         else:
-            config.skim_weight = self.weight * risen
+            config.set_for_now("skim_weight", self.weight * risen)
