@@ -39,7 +39,7 @@ def find_compiler() -> str | None:
 def find_nvcc() -> str | None:
     """What is asked for, CUDACXX before CUDA_HOME and CUDA_PATH; where nothing is, PATH's before /usr/local/cuda's."""
     if wanted := os.environ.get("CUDACXX"):
-        return find_tool(wanted)
+        return find_tool(shlex.split(wanted)[0])
     homes = filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))
     return find_tool(*(str(Path(home, "bin/nvcc")) for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc")
 
@@ -97,7 +97,7 @@ class CMakeBuild(build_ext):
 
     def definitions(self) -> list[str]:
         python = sysconfig.get_path("include")
-        nvcc, reason = find_nvcc(), "nvcc was not found"
+        nvcc, reason = find_nvcc(), f"{os.environ.get('CUDACXX') or 'nvcc'} was not found"
         if env_flag("TRANSKIMMER_SKIP_CUDA_BUILD"):
             nvcc, reason = None, "TRANSKIMMER_SKIP_CUDA_BUILD was set"
         return [

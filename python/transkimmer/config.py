@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class SkimConfig:
             raise AttributeError(f"SkimConfig.{name}: unknown field; known are {sorted(_fields())}")
         self.set_for_now(name, value)
         for saved in self._saved:
-            saved[name] = value
+            saved[name] = copy.copy(value)
 
     def set_for_now(self, name: str, value: Any) -> None:
         """Sets a field of the live model as an assignment does, but not what is saved with it."""
@@ -75,7 +76,11 @@ class SkimConfig:
             _check_field(name, getattr(self, name), self._layers)
 
     def _check_together(self, name: str, value: Any) -> None:
-        """ValueError if `value`, which field `name` is about to take, does not go with the other fields."""
+        """ValueError if `value`, which field `name` is to take, does not go with the other fields or the model."""
+        if name == "predictor_width" and self._saved and value != self.predictor_width:
+            raise ValueError(
+                f"SkimConfig.predictor_width={value!r}: the model has its predictors; must stay {self.predictor_width}"
+            )
         both = {"pruned_training": self.pruned_training, "skim_attention": self.skim_attention} | {name: value}
         if both["pruned_training"] and both["skim_attention"] == "published":
             raise ValueError(
@@ -93,7 +98,7 @@ class SkimConfig:
         object.__setattr__(self, "_saved", (*self._saved, self.to_dict()))
         return self._saved[-1]
 
-    def release(self, saved: dict[str, Any]) -> None:
+    def release(self, saved: dict[str, Any] | None) -> None:
         """Takes `bind` back: a model without skimming saves nothing, and a schedule may be of any number of layers."""
         object.__setattr__(self, "_layers", None)
         object.__setattr__(self, "_saved", tuple(other for other in self._saved if other is not saved))

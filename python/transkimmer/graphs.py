@@ -150,6 +150,8 @@ class GraphedForward:
         if self.mode == "off":
             return "cuda_graphs is 'off'"
         if device.type not in ENGINES:
+            if len(self.cache):
+                self.release()  # they hold weights that the model has moved from
             return f"the model is on {device}"
         if self._model.training or self._encoder.training:
             if len(self.cache):

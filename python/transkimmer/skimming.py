@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -226,6 +227,8 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
     model.set_attn_implementation(ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, saved)
+    # For `Trainer`: the heads' loss is a mean over their batch, whatever arguments their forward lets through.
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
     skimming._hooks = [
         model.register_forward_pre_hook(_check_arguments, with_kwargs=True),
         model.register_forward_hook(_add_skim_loss),
@@ -239,7 +242,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     encoder = skimming._encoder
     for hook in skimming._hooks:
         hook.remove()
-    skimming.config.release(getattr(model.config, CONFIG_KEY))
+    skimming.config.release(vars(model.config).pop(CONFIG_KEY, None))
     for name in [*vars(encoder), *encoder._modules]:
         if name.startswith("skim_"):
             delattr(encoder, name)
@@ -248,8 +251,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     embeddings.__class__ = type(embeddings).__mro__[2]
     del embeddings.skim_encoder
     skimming._forward.release()
-    del model.skimming, model.forward, model._replicate_for_data_parallel
-    delattr(model.config, CONFIG_KEY)
+    del model.skimming, model.forward, model._replicate_for_data_parallel, model.accepts_loss_kwargs
     model.set_attn_implementation(skimming._former_attention)
     return model
 
@@ -263,12 +265,15 @@ def _check_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
                 f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
                 "leave it off, or call remove_skimming first"
             )
-    positions = kwargs.get("position_ids")
-    alone = positions is not None and kwargs.get("attention_mask") is None and kwargs.get("cu_seq_lens_q") is None
-    if alone and not architecture_of(model).encoder_sees_positions:
-        cu_seqlens = packed_by_positions(positions)
-        return None if cu_seqlens is None else (args, {**kwargs, "cu_seq_lens_q": cu_seqlens})
-    return None
+    if architecture_of(model).encoder_sees_positions:
+        return None
+    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
+    if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):
+        return None
+    cu_seqlens = packed_by_positions(given.get("position_ids"))
+    return None if cu_seqlens is None else (args, {**kwargs, "cu_seq_lens_q": cu_seqlens})
 
 
 def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:

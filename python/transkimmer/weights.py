@@ -152,8 +152,10 @@ def _prepare(
                 prepared[id(module)] = _prepare_layer(module, architecture, kernels, dtype, split=False)
             layers.append(prepared[id(module)])
     weights = EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors])  # type: ignore[arg-type]
-    if kernels.device_type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream().synchronize()  # another thread may read them on another stream
+    if kernels.device_type == "cuda":
+        with torch.cuda.device_of(weights.layers[0].qkv_weight):
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().synchronize()  # another thread may read them on another stream
     return weights
 
 

@@ -90,6 +90,20 @@ def test_packed_input_from_the_flattening_collator(architecture: str, with_offse
 
 
 @torch.no_grad()
+def test_positions_that_start_anew_separate_the_sequences_of_a_row_only() -> None:
+    """DistilBERT's encoder does not see them; they are looked at before."""
+    model = add_skimming(tiny("distilbert"))
+    ids, places = torch.randint(5, 100, (1, 6)), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    alone = torch.cat([model(part).last_hidden_state for part in (ids[:, :3], ids[:, 3:])], 1)
+    for packed in (model(ids, position_ids=places), model(ids, None, None, places)):
+        torch.testing.assert_close(packed.last_hidden_state, alone)
+    for inputs in ({"input_ids": ids.expand(2, 6)}, {"input_ids": ids, "attention_mask": torch.ones(1, 6).long()}):
+        with record_skimming() as records:
+            model(**inputs, position_ids=places)
+        assert records[0].lengths.tolist() == [6] * inputs["input_ids"].size(0)
+
+
+@torch.no_grad()
 def test_odd_batches() -> None:
     model = add_skimming(tiny("bert"))
     undecided_predictors(model)

@@ -98,6 +98,8 @@ def test_what_is_changed_on_a_live_model_is_saved(tmp_path: Path) -> None:
         assert (loaded.threshold, loaded.schedule, loaded.noise) == (threshold, [1.0, 0.5, 0.5], 1.0)
     assert model.skimming.config.noise == 0
     copy.copy(config).threshold = 0.9
+    with pytest.raises(ValueError, match="predictor_width=16: the model has its predictors; must stay None"):
+        config.predictor_width = 16
     remove_skimming(model)
     assert other.config.skimming["threshold"] == 0.7
     config.threshold = 0.3

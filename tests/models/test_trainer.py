@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transkimmer import SkimConfig, add_skimming
 from transkimmer.outputs import in_order
 from transkimmer.training import SkimTrainer, SkimTrainingArguments, SteadyTrainer
@@ -28,17 +28,25 @@ def arguments(kind: type, folder: Path, **options: Any) -> TrainingArguments:
     return kind(output_dir=str(folder), **quiet, **options)
 
 
-def test_accumulated_batches_weigh_as_much_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [SteadyTrainer, Trainer], ids=["dense", "skimming, by a plain Trainer"])
+def test_accumulated_batches_weigh_as_much_as_one(kind: type[Trainer], tmp_path: Path) -> None:
     """`Trainer` would take the heads' loss, a mean over a batch, for a sum that is yet to be divided."""
-    weights = []
-    for size, accumulated in ((4, 1), (2, 2)):
+
+    def start() -> PreTrainedModel:
         model = no_dropout(tiny("bert", "sequence"))
+        return model if kind is SteadyTrainer else add_skimming(model, SkimConfig(noise=0.0))
+
+    weights = []
+    torch.manual_seed(0)
+    before = start()
+    for size, accumulated in ((4, 1), (2, 2)):
+        model = start()
+        model.load_state_dict(before.state_dict())
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         how = arguments(TrainingArguments, tmp_path, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **options)
-        SteadyTrainer(model=model, args=how, train_dataset=rows()).train()
+        kind(model=model, args=how, train_dataset=rows()).train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    start = torch.cat([p.detach().flatten() for p in tiny("bert", "sequence").parameters()])
-    moved = (weights[0] - start).abs().max()
+    moved = (weights[0] - torch.cat([p.detach().flatten() for p in before.parameters()])).abs().max()
     assert moved > 1e-3 and (weights[0] - weights[1]).abs().max() < 1e-3 * moved
 
 

@@ -150,7 +150,7 @@ def test_the_toolkit_that_is_asked_for_comes_before_paths(tmp_path: Path) -> Non
 
     home, asked = str(tmp_path / "home"), str(tmp_path / "home/bin/nvcc")
     assert nvcc() == str(tmp_path / "path/bin/nvcc")
-    assert nvcc(CUDA_HOME=home) == nvcc(CUDA_PATH=home) == nvcc(CUDACXX=asked) == asked
+    assert nvcc(CUDA_HOME=home) == nvcc(CUDA_PATH=home) == nvcc(CUDACXX=f"{asked} -Xcompiler -O1") == asked
     assert nvcc(CUDACXX=str(tmp_path / "nowhere"), CUDA_HOME=home) == "None"
 
 
