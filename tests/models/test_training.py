@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
+from transkimmer.predictor import KEEP
 from transkimmer.training import SkimTrainer, SkimTrainingArguments, calibrate, evaluate_classifier
 
 from ..target import Recorder
@@ -245,6 +247,22 @@ def test_only_a_threshold_can_be_calibrated(field: str, value: object) -> None:
         calibrate(model, [{**padded_inputs(), "labels": LABELS}], 1.5)
 
 
+def test_calibration_refuses_what_it_cannot_aim_at() -> None:
+    model, batch = add_skimming(tiny("bert", "sequence")).eval(), {**padded_inputs(), "labels": LABELS}
+    undecided_predictors(model)
+    for wanted in (0.5, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"^flops_speedup={wanted}: must be a finite number >= 1"):
+            calibrate(model, [batch], wanted)
+    with pytest.raises(TypeError, match=r"^batches: must be several of them"):
+        calibrate(model, batch, 1.5)
+    wanted = evaluate_classifier(model, [batch]).flops_speedup * 1.1
+    assert calibrate(copy.deepcopy(model), iter([batch]), wanted) == calibrate(model, [batch], wanted) < 0
+    for predictor in model.skimming.predictors:
+        torch.nn.init.constant_(predictor.out.bias[KEEP], -50)
+    with pytest.raises(ValueError, match=r"flops_speedup=1.01: skims to .* at least; train with less skim weight"):
+        calibrate(model, [batch], 1.01)
+
+
 def test_calibration_that_cannot_reach_its_goal_changes_nothing() -> None:
     model = add_skimming(tiny("bert", "sequence")).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -257,6 +275,8 @@ def test_calibration_that_cannot_reach_its_goal_changes_nothing() -> None:
 def test_trainer_refuses_what_it_cannot_train(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no skimming"):
         SkimTrainer(model=tiny("bert", "sequence"), args=_arguments(SkimTrainingArguments, tmp_path))
+    with pytest.raises(TypeError, match=r"^args: must be SkimTrainingArguments, got TrainingArguments"):
+        SkimTrainer(model=add_skimming(tiny("bert", "sequence")), args=_arguments(TrainingArguments, tmp_path))
     with pytest.raises(ValueError, match=r"skim_ramp=2.0: must lie between"):
         _arguments(SkimTrainingArguments, tmp_path, skim_ramp=2.0)
     with pytest.raises(ValueError, match=r"noise_decay=-0.5: must lie between"):

@@ -293,11 +293,13 @@ def test_training_does_not_start_from_a_skimming_model(
 
 
 def test_a_backbone_of_another_task_gets_a_new_head(tmp_path: Path, data: Path) -> None:
-    tiny("bert", "sequence", num_labels=3).save_pretrained(tmp_path / "three")
+    tiny("bert", "sequence", num_labels=3).half().save_pretrained(tmp_path / "three")
     word_tokenizer().save_pretrained(tmp_path / "three")
     places = ["--backbone", str(tmp_path / "three"), "--data", str(data), "--output", str(tmp_path / "run")]
     assert main(["train", "--task", "sst2", "--mode", "dense", "--dense-epochs", "0.1", *places]) == 0
-    assert load_file(tmp_path / "run/model/model.safetensors")["classifier.weight"].size(0) == 2
+    weights = load_file(tmp_path / "run/model/model.safetensors")
+    assert weights["classifier.weight"].size(0) == 2
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}, "a file of 16 bits is trained in fp32"
 
 
 def test_draws_are_calibrated_to_by_a_threshold(tmp_path: Path, backbone: Path, data: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from .evaluation import evaluate
 STEP, LARGEST = 0.05, 4.0
 
 
-def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], flops_speedup: float) -> float:
+def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], flops_speedup: float) -> float:
     """Shifts the last bias of every predictor, by one amount, so that `batches` are read at `flops_speedup` or above.
 
     Decisions stay an argmax. A draw in training and an argmax at inference keep different shares of the tokens, so the
@@ -27,15 +27,21 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
     Args:
         model: with trained predictors; its `SkimConfig` must decide by threshold. Changed in place.
         batches: held-out data; `labels` are not looked at.
-        flops_speedup: as `SkimEvaluation` counts it.
+        flops_speedup: as `SkimEvaluation` counts it, at least 1.
 
     Returns:
         What was added to the keep-minus-skim logits.
 
     Raises:
-        ValueError: the model decides by draws or by a schedule, or the largest shift does not reach `flops_speedup`;
-            it is then unchanged.
+        TypeError: `batches` is a single one.
+        ValueError: `flops_speedup` is out of range, the model decides by draws or by a schedule, or the largest shift
+            either way leads to less or to more than `flops_speedup`; it is then unchanged.
     """
+    if not (math.isfinite(flops_speedup) and flops_speedup >= 1):
+        raise ValueError(f"flops_speedup={flops_speedup!r}: must be a finite number >= 1")
+    if isinstance(batches, Mapping):
+        raise TypeError("batches: must be several of them, got a single one; put it into a list")
+    batches = list(batches)
     skimming = skimming_of(model)
     if skimming.config.decision != "threshold" or skimming.config.schedule is not None:
         given = "schedule" if skimming.config.schedule is not None else "decision"
@@ -52,6 +58,10 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], f
     try:
         if (most := speedup(high)) < flops_speedup:
             raise ValueError(f"flops_speedup={flops_speedup}: skims to {most:.2f} at most; train with more skim weight")
+        if (least := speedup(low)) > flops_speedup:
+            raise ValueError(
+                f"flops_speedup={flops_speedup}: skims to {least:.2f} at least; train with less skim weight"
+            )
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if speedup(middle) >= flops_speedup else (middle + 1, high)

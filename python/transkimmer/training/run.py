@@ -96,7 +96,7 @@ class Run:
         if self.recipe.mode != "dense" and not self.recipe.warm_start:
             return self._fresh()
         if finished.is_dir():
-            return on_device(self.kind.load(finished, "--dense"))
+            return on_device(self.kind.load(finished, "--dense").float())
         if self.dense is not None:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
@@ -114,7 +114,8 @@ class Run:
         """The backbone with a head for the task: a new one, where that of another task has other outputs."""
         set_seed(self.recipe.seed)
         options = self.kind.options()
-        return self.kind.auto_class.from_pretrained(self.backbone, ignore_mismatched_sizes=True, **options)
+        model = self.kind.auto_class.from_pretrained(self.backbone, ignore_mismatched_sizes=True, **options)
+        return model.float()  # files of 16 bits are loaded as they are
 
     def skimming_model(
         self, dense: PreTrainedModel, train: Sequence[Any], tokenizer: PreTrainedTokenizerBase

@@ -182,6 +182,8 @@ class SkimTrainer(SteadyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, SkimTrainingArguments):
+            raise TypeError(f"args: must be SkimTrainingArguments, got {type(self.args).__name__}")
         config = skimming_of(self.model).config
         self.add_callback(_Schedules(config, self.args.skim_ramp, self.args.noise_decay))
         self.curves = follow(self)
