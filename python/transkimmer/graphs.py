@@ -52,7 +52,7 @@ class GraphedForward:
 
     def _start_afresh(self) -> None:
         self.why_eager: str | None = "nothing ran yet"
-        self._names = list(self.__signature__.parameters)
+        self.names = list(self.__signature__.parameters)  # of the arguments
         self.cache = GraphCache(lambda: ENGINES[self._device().type](self._device()))
         self._seen: set[Hashable] = set()
         self._refused: dict[Hashable, str] = {}
@@ -170,7 +170,7 @@ class GraphedForward:
         return None
 
     def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | str:
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if len(given) < len(args) + len(kwargs):
             return "the arguments do not fit the model's forward"
         inputs = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 from transkimmer_kernels.runtime import GraphCache
 
-from .architectures import architecture_of, encoder_of, reads_first_token_only
+from .architectures import ARCHITECTURES, architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .embeddings import SkimmingEmbeddings
 from .encoder import ATTENTION_NAME, SkimmingEncoder, packed_by_positions, skimming_class
@@ -265,9 +264,9 @@ def _check_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
                 f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
                 "leave it off, or call remove_skimming first"
             )
-    if architecture_of(model).encoder_sees_positions:
+    if ARCHITECTURES[model.config.model_type].encoder_sees_positions:
         return None
-    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    given = {**dict(zip(skimming_of(model)._forward.names, args, strict=False)), **kwargs}
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
     if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):

@@ -198,13 +198,13 @@ def _common(recipe: Recipe, work: Path) -> dict[str, Any]:
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, examples: TokenizedExamples, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """fp32 [examples, 2], in the order of the examples."""
+    from ..training.evaluation import inputs_of
+
     order = sorted(range(len(examples)), key=lambda i: len(examples.input_ids[i]))
     logits = []
     for batch in tqdm(padded_batches(examples, tokenizer, 128, sort=True), total=-(-len(order) // 128), desc="teacher"):
-        batch.pop("labels")
-        inputs = {name: column.to(model.device) for name, column in batch.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
-            logits.append(model(**inputs).logits.float().cpu())
+            logits.append(model(**inputs_of(batch, model)).logits.float().cpu())
     restored = torch.empty(len(order), 2)
     restored[torch.tensor(order)] = torch.cat(logits)
     return restored

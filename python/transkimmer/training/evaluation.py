@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ def evaluate(
     try:
         for batch in batches:
             with record_skimming() as records:
-                output = model(**_inputs(batch, model))
+                output = model(**inputs_of(batch, model))
             if judge is not None:
                 judge.see(batch, output)
             lengths.append(batch["attention_mask"].sum(1).cpu())
@@ -118,25 +119,23 @@ def training_forward_difference(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], judge: Judge | None = None
 ) -> ForwardDifference:
     """Compares logits of the training forward, its noise and dropout off, with those of real removal."""
-    skimming = skimming_of(model)
-    was_training, decision = model.training, skimming.config.decision
-    skimming.config.decision = "threshold"
+    was_training = model.training
     difference, largest, same, total, outputs = 0.0, 0.0, 0, 0, 0
     try:
-        for batch in batches:
-            inputs = _inputs(batch, model)
-            removed = logits_in(model.eval()(**inputs))
-            output = _training_forward(model, inputs)
-            if judge is not None:
-                judge.see(batch, output)
-            masked = logits_in(output)
-            difference = max(difference, float((masked - removed).abs().max()))
-            largest = max(largest, float(removed.abs().max()))
-            same += int((masked.argmax(-1) == removed.argmax(-1)).view(removed.size(0), -1).all(1).sum())
-            total += removed.size(0)
-            outputs = removed.size(-1)
+        with deciding(model, "threshold"):
+            for batch in batches:
+                inputs = inputs_of(batch, model)
+                removed = logits_in(model.eval()(**inputs))
+                output = _training_forward(model, inputs)
+                if judge is not None:
+                    judge.see(batch, output)
+                masked = logits_in(output)
+                difference = max(difference, float((masked - removed).abs().max()))
+                largest = max(largest, float(removed.abs().max()))
+                same += int((masked.argmax(-1) == removed.argmax(-1)).view(removed.size(0), -1).all(1).sum())
+                total += removed.size(0)
+                outputs = removed.size(-1)
     finally:
-        skimming.config.decision = decision
         model.train(was_training)
     agreement = None if outputs == 1 else same / max(total, 1)
     return ForwardDifference(difference, largest, agreement, {} if judge is None else judge.metrics())
@@ -152,5 +151,17 @@ def _training_forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> A
         return model(**inputs)
 
 
-def _inputs(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+@contextmanager
+def deciding(model: PreTrainedModel, decision: str) -> Iterator[None]:
+    """Inside, a skimming model decides so (`SkimConfig.decision`), and afterwards again as before."""
+    config = skimming_of(model).config
+    before, config.decision = config.decision, decision
+    try:
+        yield
+    finally:
+        config.decision = before
+
+
+def inputs_of(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch without its labels, where the model lies."""
     return {key: value.to(model.device) for key, value in batch.items() if key != "labels"}

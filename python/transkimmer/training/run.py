@@ -27,7 +27,7 @@ from ..outputs import final_states, logits_in
 from ..skimming import add_skimming, skimming_of
 from ..tasks import Task, load_split
 from .calibration import calibrate
-from .evaluation import SkimEvaluation, evaluate
+from .evaluation import SkimEvaluation, deciding, evaluate, inputs_of
 from .kinds import Kind, Rows, kind_of
 from .recipe import MODEL, Recipe
 from .stages import drop_checkpoints, logged, save_whole, train_stage
@@ -148,15 +148,8 @@ class Run:
 
     def _calibrate(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         """What was wanted, what was added to the logits, and why not, where it could not be reached."""
-        config = skimming_of(model).config
-        decision, config.decision = config.decision, "threshold"
-        try:
-            return self._calibrate_threshold(model, rows)
-        finally:
-            config.decision = decision
-
-    def _calibrate_threshold(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
-        before = evaluate(model, rows.batches).flops_speedup
+        with deciding(model, "threshold"):
+            before = evaluate(model, rows.batches).flops_speedup
         report: dict[str, Any] = {"method": self.recipe.calibration, "argmax_flops_speedup": before}
         if self.recipe.calibration == "none":
             return report
@@ -164,28 +157,21 @@ class Run:
         if self.recipe.calibration == "sampled":
             wanted = self._sampled(model, rows).flops_speedup
         try:
-            report |= {"flops_speedup": wanted, "shift": calibrate(model, rows.batches, wanted)}
+            with deciding(model, "threshold"):
+                report |= {"flops_speedup": wanted, "shift": calibrate(model, rows.batches, wanted)}
         except ValueError as error:
             report["failed"] = str(error)
             print(f"not calibrated to FLOPs ×{wanted:g}: {str(error).partition(': ')[2]}")
         return report
 
     def _sampled(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
-        config = skimming_of(model).config
-        decision, config.decision = config.decision, "sample"
         set_seed(self.recipe.seed)
-        try:
+        with deciding(model, "sample"):
             return self.judged(model, rows)
-        finally:
-            config.decision = decision
 
     def _by_decision(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
-        config = skimming_of(model).config
-        decision, config.decision = config.decision, "threshold"
-        try:
+        with deciding(model, "threshold"):
             threshold = self.judged(model, rows)
-        finally:
-            config.decision = decision
         return {"threshold": threshold.to_dict(), "sample": self._sampled(model, rows).to_dict()}
 
     def judged(self, model: PreTrainedModel, rows: Rows) -> SkimEvaluation:
@@ -242,9 +228,8 @@ def lessons_of(
     batches = padded_batches(examples, tokenizer, EVALUATION_BATCH, sort=True)
     found: list[tuple[Tensor, Tensor]] = []
     for batch in tqdm(batches, total=-(-len(order) // EVALUATION_BATCH), desc="teacher"):
-        del batch["labels"]
         with final_states(model) as states:
-            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+            output = model(**inputs_of(batch, model))
         logits = logits_in(output).float().cpu()
         mask = batch["attention_mask"]
         first = states[0].float().cpu()[torch.arange(mask.size(0)), mask.argmax(1)]  # padding may be on the left
