@@ -68,14 +68,16 @@ constexpr bool is_paired(int64_t in) {
   return kHasPairs && sizeof(T) == sizeof(bf16) && in % 2 == 0;
 }
 
-// The block of weights that comes next, fetched evenly while this one is worked on: at `steps` of every kTurn
-// steps, kLinesPerStep lines.
+// The block of weights that comes next, fetched evenly while this one is worked on: every step asks for as
+// much as a step takes, then goes on by `stride` bytes, so that what the strips ask for overlaps.
 struct Ahead {
   const char* next;
-  const char* end;
-  int64_t steps;
+  int64_t stride;
 };
-constexpr int kTurn = 8;
+// Steps in a loop's body. A branch around the fetch, or eight steps in a body, and a processor (Zen 5)
+// fetches well or badly depending on where in memory the code lies: in some processes everything took twice
+// as long. A step of a dozen multiply-adds is too short for a body, though.
+constexpr int kTurn = kProductRows * kProductVecs >= 24 ? 1 : 2;
 template <typename Form>
 constexpr int64_t kStepBytes = kProductColumns * Form::kDepth * int64_t{sizeof(typename Form::Right)};
 template <typename Form>
@@ -126,17 +128,15 @@ void product_tile(const typename Form::Left* a, int64_t lda, const typename Form
     each<kBases>([&](auto i) TRANSKIMMER_INLINE { base[i] += count * Form::kDepth; });
   };
   const char* next = ahead.next;
-  const int64_t fetching = ahead.steps;
+  const int64_t stride = ahead.stride;
   int64_t left = depth / Form::kDepth;
   for (; left >= kTurn; left -= kTurn) {
     each<kTurn>([&](auto i) TRANSKIMMER_INLINE {
-      if (i < fetching) {
-        // Past the end of the block it fetches a little of what follows: harmless, cheaper than a comparison.
-        each<kLinesPerStep<Form>>([&](auto line) TRANSKIMMER_INLINE {
-          __builtin_prefetch(next + line * kLine, /*rw=*/0, /*locality=*/2);
-        });
-        next += kLinesPerStep<Form> * kLine;
-      }
+      // Past the end of the block it fetches a little of what follows: harmless, cheaper than a comparison.
+      each<kLinesPerStep<Form>>([&](auto line) TRANSKIMMER_INLINE {
+        __builtin_prefetch(next + line * kLine, /*rw=*/0, /*locality=*/2);
+      });
+      next += stride;
       step(i);
     });
     advance(kTurn);
@@ -207,13 +207,10 @@ void multiply_panel(const ProductBlock<Form>& block, int64_t panel, int64_t firs
                     int64_t k, int64_t depth, const typename Form::Right* next) {
   const int64_t strips = block_count(block.rows, kProductRows), ld = panels * kProductColumns;
   const bool last = k + depth == block.args.in;
-  const int64_t bytes = depth / Form::kDepth * kStepBytes<Form>;
-  Ahead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next) + bytes,
-              block_count(kTurn * kStepBytes<Form>, strips * kLinesPerStep<Form> * kLine)};
+  Ahead ahead{reinterpret_cast<const char*>(next), block_count(kStepBytes<Form>, strips)};
   float* sums = block.sums + (panel - first_panel) * kProductColumns;
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t r = block.rows * s / strips, rows = block.rows * (s + 1) / strips - r;
-    if (ahead.next >= ahead.end) ahead.steps = 0;
     product_rows<kProductRows, Form>(static_cast<int>(rows), block.x + r * block.lda + k, block.lda,
                                      block.weights(panel, k), depth, sums + r * ld, ld, k > 0, ahead);
     if (last) {
