@@ -41,7 +41,7 @@ class SkimmingEmbeddings(nn.Module):
 @functools.cache
 def _parameters(kind: Any) -> list[str]:
     """Names of the parameters of the forward that is overridden."""
-    return list(inspect.signature(kind.__mro__[2].forward).parameters)[1:]
+    return list(inspect.signature(kind.__bases__[1].forward).parameters)[1:]
 
 
 def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:

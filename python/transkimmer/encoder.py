@@ -19,8 +19,9 @@ from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 from .architectures import ARCHITECTURES, Architecture, get
 from .config import SkimConfig
 from .graphed_training import GraphedTraining
+from .losses import leave_skim_loss
 from .policies import PredictorPolicy, SchedulePolicy
-from .records import SkimRecord, current_records, leave_skim_loss
+from .records import SkimRecord, current_records
 from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder
 from .weights import WeightCache
 
@@ -32,8 +33,15 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
     return attention_mask
 
 
+def _dense_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """Of a dense model that was made from a skimming model's config, where layers attend by themselves."""
+    if mask is not None and mask.dim() == 2:
+        mask = as_bool(mask)[:, None, None, :]
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
 AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
-AttentionInterface.register(ATTENTION_NAME, sdpa_attention_forward)
+AttentionInterface.register(ATTENTION_NAME, _dense_attention)
 
 
 class SkimmingEncoder(nn.Module):
@@ -89,13 +97,14 @@ class SkimmingEncoder(nn.Module):
 
         Raises:
             RuntimeError: under torch.export or torch.jit.trace.
-            ValueError: a mask or offsets that do not fit.
+            ValueError: a mask or offsets that do not fit, or states of every layer are asked for.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
                 "model: torch.export and torch.jit.trace cannot take a skimming model: its weights are packed outside "
                 "of what they record. torch.compile can, and remove_skimming(model) gives the dense model"
             )
+        self._refuse_layer_states(kwargs)
         architecture = ARCHITECTURES[self.skim_model_config.model_type]
         if architecture.input_projection is not None:
             hidden_states = get(self, architecture.input_projection)(hidden_states)
@@ -106,6 +115,15 @@ class SkimmingEncoder(nn.Module):
         if (records := current_records()) is not None:
             records.append(record)
         return architecture.output(last_hidden_state=output.view(hidden_states.shape))
+
+    def _refuse_layer_states(self, kwargs: dict[str, Any]) -> None:
+        for name in ("output_hidden_states", "output_attentions"):
+            wanted = kwargs.get(name)
+            if wanted or (wanted is None and getattr(self.skim_model_config, name, False)):
+                raise ValueError(
+                    f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
+                    "leave it off, or call remove_skimming first"
+                )
 
     def _enter(self, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Ragged:
         kernels = kernel_set(self.skim_kernels, hidden.device.type)
@@ -139,7 +157,7 @@ class SkimmingEncoder(nn.Module):
         wants_gradients = torch.is_grad_enabled()
         # Contexts that are there already are not entered again: each costs as much as a small kernel.
         with torch.no_grad() if wants_gradients else nullcontext():
-            batch.hidden = given.detach().to(dtype, copy=True)
+            batch.hidden = given.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
             with (
                 nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode(),
                 torch.autocast(device_type, enabled=False) if autocast else nullcontext(),
@@ -163,7 +181,8 @@ class SkimmingEncoder(nn.Module):
             _show_first_token_in_front(batch.hidden, mask)
         output = batch.hidden.to(given.dtype)
         if wants_gradients:
-            trigger = next(self.parameters(), given)  # a replica of `nn.DataParallel` has none of its own
+            # A replica of `nn.DataParallel` has no parameters of its own.
+            trigger = next((p for p in self.parameters() if p.requires_grad), given)
             if given.requires_grad or trigger.requires_grad:
                 output = _NoBackward.apply(output, trigger)
         return output
@@ -268,14 +287,19 @@ class _SkimmingType(type):
     """The type of classes made by `skimming_class`: pickled by what they are made of, so that any process has them."""
 
 
-_classes: dict[type, type] = {}
+_classes: dict[tuple[type, type], type] = {}
 
 
 def skimming_class(kind: type, mixin: type = SkimmingEncoder) -> type:
-    """`kind` with the forward of `mixin`; one class per kind."""
-    if kind not in _classes:
-        _classes[kind] = _SkimmingType(f"Skimming{kind.__name__}", (mixin, kind), {"__module__": __name__})
-    return _classes[kind]
+    """`kind` with the forward of `mixin`; always the same class."""
+    if (kind, mixin) not in _classes:
+        _classes[kind, mixin] = _SkimmingType(f"Skimming{kind.__name__}", (mixin, kind), {"__module__": __name__})
+    return _classes[kind, mixin]
+
+
+def original_class(made: type) -> Any:
+    """The `kind` that `skimming_class` made a class of."""
+    return made.__bases__[1]
 
 
 def _made_of(cls: type) -> tuple[Any, tuple[type, type]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
 import warnings
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers.utils import ModelOutput
 
 from transkimmer_kernels.runtime.graphs import ENGINES, GraphCache, Tensors, round_up
 
-from .encoder import SkimmingEncoder
+from .architectures import ARCHITECTURES
+from .encoder import SkimmingEncoder, packed_by_positions
+from .losses import with_skim_loss
 from .records import current_records
 from .weights import EncoderWeights, Watch
 
@@ -73,11 +76,22 @@ class GraphedForward:
         signature = inspect.signature(type(self._model).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a method has one: mixed precision wraps it and binds what comes of it, which a copy binds to itself."""
+
+        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            skimming: Any = model.skimming
+            return skimming._forward(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(type(self._model).forward)  # type: ignore[attr-defined]
+        return forward
+
     def replicate(self) -> PreTrainedModel:
         """For `nn.DataParallel`, whose replicas have to run their own forward."""
         replica = type(self._model)._replicate_for_data_parallel(self._model)
-        for name in ("forward", "_replicate_for_data_parallel"):
-            vars(replica).pop(name)
+        del replica._replicate_for_data_parallel
+        vars(replica)["forward"] = functools.partial(self._run, replica, self._run_eagerly)
         return replica
 
     def _device(self) -> torch.device:
@@ -95,9 +109,30 @@ class GraphedForward:
         return self._longest
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self._model).forward
-        if torch.compiler.is_compiling():
-            return forward(self._model, *args, **kwargs)
+        how = self._run_eagerly if torch.compiler.is_compiling() else self._by_graph
+        return self._run(self._model, how, *args, **kwargs)
+
+    def _run(self, model: PreTrainedModel, how: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not ARCHITECTURES[model.config.model_type].encoder_sees_positions:
+            kwargs |= self._offsets(args, kwargs)
+        if not model.training:
+            return how(model, args, kwargs)
+        return with_skim_loss(model, lambda: how(model, args, kwargs))
+
+    def _offsets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of sequences packed into one row, for an encoder that would not see the positions."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
+        if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):
+            return {}
+        cu_seqlens = packed_by_positions(given.get("position_ids"))
+        return {} if cu_seqlens is None else {"cu_seq_lens_q": cu_seqlens}
+
+    def _run_eagerly(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return type(model).forward(model, *args, **kwargs)
+
+    def _by_graph(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = self._why_not_now() or self._request(args, kwargs)
         output: ModelOutput | str
         if isinstance(request, str):
@@ -107,7 +142,7 @@ class GraphedForward:
                 output = self._serve(request)
         if isinstance(output, str):
             self.why_eager = output
-            return forward(self._model, *args, **kwargs)
+            return self._run_eagerly(model, args, kwargs)
         self.why_eager = None
         return output
 

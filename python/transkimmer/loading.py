@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -46,12 +47,7 @@ def from_pretrained(
         )
     skim_config = SkimConfig.from_dict(values)
     tensors = _predictor_tensors(os.fspath(name_or_path), hub)
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the predictors are unexpected to the dense class; they are loaded below
-    try:
-        model = auto_class.from_pretrained(name_or_path, **kwargs)
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    model = _load_dense(name_or_path, auto_class, kwargs)
     add_skimming(model, skim_config, kernels=kernels)
     predictors = encoder_of(model).skim_predictors
     try:
@@ -59,6 +55,26 @@ def from_pretrained(
     except RuntimeError as error:
         raise ValueError(f"name_or_path={os.fspath(name_or_path)!r}: skim predictors do not fit: {error}") from error
     return model.eval()
+
+
+def _load_dense(name_or_path: str | os.PathLike[str], auto_class: Any, options: dict[str, Any]) -> PreTrainedModel:
+    """The model without its predictors, which its class does not expect: Hugging Face would report them."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        model, report = auto_class.from_pretrained(name_or_path, **{**options, "output_loading_info": True})
+    except RuntimeError:  # whose message points at a report
+        hf_logging.set_verbosity(verbosity)
+        auto_class.from_pretrained(name_or_path, **options)
+        raise
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        warnings.warn(
+            f"name_or_path={os.fspath(name_or_path)!r}: has no {', '.join(missing)}, which are new: train them",
+            stacklevel=3,
+        )
+    return model
 
 
 def _predictor_tensors(name_or_path: str, hub: dict[str, Any]) -> dict[str, Tensor]:

@@ -39,7 +39,9 @@ def final_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     def see(encoder: nn.Module, args: Any, output: Any) -> None:
         states.append(output[0])
 
-    handle = encoder_of(model).register_forward_hook(see)
+    skimming: Any = getattr(model, "skimming", None)  # through wrappers, an adapter's for one
+    encoder = encoder_of(model) if skimming is None else skimming._encoder
+    handle = encoder.register_forward_hook(see)
     try:
         yield states
     finally:

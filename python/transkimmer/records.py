@@ -18,8 +18,6 @@ from torch import Tensor
 from transkimmer_kernels.ragged import first_of_each
 
 _records: ContextVar[list[SkimRecord] | None] = ContextVar("transkimmer_records", default=None)
-# On its way from a training encoder to the head's loss; a context variable, so that threads do not mix theirs up.
-_skim_loss: ContextVar[Tensor | None] = ContextVar("transkimmer_skim_loss", default=None)
 
 
 @dataclass
@@ -91,14 +89,3 @@ def record_skimming() -> Iterator[list[SkimRecord]]:
 def current_records() -> list[SkimRecord] | None:
     """The innermost open block's records, or None where nobody is recording."""
     return _records.get()
-
-
-def leave_skim_loss(loss: Tensor | None) -> None:
-    _skim_loss.set(loss)
-
-
-def take_skim_loss() -> Tensor | None:
-    """The skim loss that the last training forward of this thread left, once."""
-    loss = _skim_loss.get()
-    _skim_loss.set(None)
-    return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,14 +13,14 @@ from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 from transkimmer_kernels.runtime import GraphCache
 
-from .architectures import ARCHITECTURES, architecture_of, encoder_of, reads_first_token_only
+from .architectures import architecture_of, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .embeddings import SkimmingEmbeddings
-from .encoder import ATTENTION_NAME, SkimmingEncoder, packed_by_positions, skimming_class
+from .encoder import ATTENTION_NAME, SkimmingEncoder, original_class, skimming_class
 from .graphed_training import GraphedTraining
 from .graphs import MODES, GraphedForward
 from .predictor import SkimPredictor
-from .records import take_skim_loss
+from .records import SkimRecord
 from .weights import WeightCache
 
 # The key of config.json under which a saved model keeps its SkimConfig.
@@ -30,13 +31,12 @@ class Skimming:
     """The handle `model.skimming`: what can be read and changed about skimming on a live model."""
 
     # A misspelt setting is an AttributeError, and not a new attribute.
-    __slots__ = ("__weakref__", "_encoder", "_former_attention", "_forward", "_hooks", "predictors")
+    __slots__ = ("__weakref__", "_encoder", "_former_attention", "_forward", "predictors")
 
     def __init__(self, encoder: SkimmingEncoder, former_attention: str, forward: GraphedForward) -> None:
         self._encoder = encoder
         self._former_attention = former_attention
         self._forward = forward
-        self._hooks: list[Any] = []
         self.predictors = encoder.skim_predictors
 
     @property
@@ -147,6 +147,20 @@ class Skimming:
         """Why the last forward in eval mode was not a replay of a graph; None if it was."""
         return self._forward.why_eager
 
+    def penalty(self, records: Sequence[SkimRecord]) -> Tensor:
+        """What a loss of one's own is raised by, where a model makes none: a scalar, differentiable.
+
+        Args:
+            records: of training forwards, from `record_skimming`; of several, the mean of their skim losses counts.
+
+        Raises:
+            ValueError: no training forward is among them.
+        """
+        losses = [record.skim_loss for record in records if record.skim_loss is not None]
+        if not losses:
+            raise ValueError(f"records: {len(records)} of them, but of no forward in training with skimming enabled")
+        return self.config.penalty(torch.stack(losses).mean())
+
     def refresh(self) -> None:
         """Prepares the kernels' copy of the weights anew.
 
@@ -228,10 +242,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     setattr(model.config, CONFIG_KEY, saved)
     # For `Trainer`: the heads' loss is a mean over their batch, whatever arguments their forward lets through.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
-    skimming._hooks = [
-        model.register_forward_pre_hook(_check_arguments, with_kwargs=True),
-        model.register_forward_hook(_add_skim_loss),
-    ]
+    _forget_mixed_precision(model)
     return model
 
 
@@ -239,51 +250,22 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     """Turns a skimming model back into the dense model it came from; the predictors are dropped."""
     skimming = skimming_of(model)
     encoder = skimming._encoder
-    for hook in skimming._hooks:
-        hook.remove()
     skimming.config.release(vars(model.config).pop(CONFIG_KEY, None))
     for name in [*vars(encoder), *encoder._modules]:
         if name.startswith("skim_"):
             delattr(encoder, name)
-    encoder.__class__ = type(encoder).__mro__[2]
+    encoder.__class__ = original_class(type(encoder))
     embeddings: Any = model.base_model.embeddings
-    embeddings.__class__ = type(embeddings).__mro__[2]
+    embeddings.__class__ = original_class(type(embeddings))
     del embeddings.skim_encoder
     skimming._forward.release()
     del model.skimming, model.forward, model._replicate_for_data_parallel, model.accepts_loss_kwargs
     model.set_attn_implementation(skimming._former_attention)
+    _forget_mixed_precision(model)
     return model
 
 
-def _check_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Refuses what asks for states per layer; hands offsets to an encoder that would not see the positions."""
-    for name in ("output_hidden_states", "output_attentions"):
-        wanted = kwargs.get(name)
-        if wanted or (wanted is None and getattr(model.config, name, False)):
-            raise ValueError(
-                f"{name}={wanted or True}: a skimming model has no per-layer states of every token to return; "
-                "leave it off, or call remove_skimming first"
-            )
-    if ARCHITECTURES[model.config.model_type].encoder_sees_positions:
-        return None
-    given = {**dict(zip(skimming_of(model)._forward.names, args, strict=False)), **kwargs}
-    inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
-    if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):
-        return None
-    cu_seqlens = packed_by_positions(given.get("position_ids"))
-    return None if cu_seqlens is None else (args, {**kwargs, "cu_seq_lens_q": cu_seqlens})
-
-
-def _add_skim_loss(model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:
-    """In training, adds the weighted skim loss to the loss that the model's head computed, if it did."""
-    skim_loss = take_skim_loss()
-    if skim_loss is None or not model.training:
-        return None
-    extra = skimming_of(model).config.penalty(skim_loss)
-    if isinstance(output, tuple):  # return_dict=False: the loss, a scalar, comes first where there is one
-        if output and isinstance(output[0], Tensor) and output[0].dim() == 0:
-            return (output[0] + extra, *output[1:])
-    elif getattr(output, "loss", None) is not None:
-        output.loss = output.loss + extra
-    return output
+def _forget_mixed_precision(model: PreTrainedModel) -> None:
+    """What a former `Trainer` has wrapped was another forward; the next one has to wrap again, or does not cast."""
+    for name in ("_is_accelerate_prepared", "_original_forward"):
+        vars(model).pop(name, None)

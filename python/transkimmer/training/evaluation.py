@@ -78,7 +78,7 @@ def evaluate(
                 output = model(**inputs_of(batch, model))
             if judge is not None:
                 judge.see(batch, output)
-            lengths.append(batch["attention_mask"].sum(1).cpu())
+            lengths.append(records[0].lengths if records else batch["attention_mask"].flatten(0, -2).sum(-1).cpu())
             layer_lengths.append(records[0].layer_lengths if records else lengths[-1].expand(layers, -1))
     finally:
         model.train(was_training)

@@ -144,7 +144,8 @@ class Run:
         skimming_of(model).graphed_training = False  # gives their memory back
         save_whole(model, tokenizer, folder / MODEL)
         drop_checkpoints(folder)
-        return model
+        # As it is saved, like the dense one: what trained it in mixed precision would compute in it still.
+        return on_device(from_pretrained(folder / MODEL, self.kind.auto_class))
 
     def _calibrate(self, model: PreTrainedModel, rows: Rows) -> dict[str, Any]:
         """What was wanted, what was added to the logits, and why not, where it could not be reached."""

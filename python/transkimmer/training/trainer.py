@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..config import SkimConfig
+from ..losses import unclaimed_penalties
 from ..outputs import final_states, in_order, logits_in
 from ..records import SkimRecord, record_skimming
 from ..skimming import skimming_of
@@ -185,8 +186,15 @@ class SkimTrainer(SteadyTrainer):
         if not isinstance(self.args, SkimTrainingArguments):
             raise TypeError(f"args: must be SkimTrainingArguments, got {type(self.args).__name__}")
         config = skimming_of(self.model).config
-        self.add_callback(_Schedules(config, self.args.skim_ramp, self.args.noise_decay))
+        self._schedules = _Schedules(config, self.args.skim_ramp, self.args.noise_decay)
+        self.add_callback(self._schedules)
         self.curves = follow(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # of a run that was interrupted in the ramp, too: another one takes the configuration for its aim
+            self._schedules.restore(skimming_of(self.model).config)
 
     def _set_signature_columns_if_needed(self) -> None:
         """The teacher's columns are read here and by no model; without this they would be dropped as unused."""
@@ -195,30 +203,15 @@ class SkimTrainer(SteadyTrainer):
         columns += [name for name in (TEACHER_LOGITS, TEACHER_STATES) if name not in columns]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Parameter groups: backbone with and without weight decay, predictors with their own learning rate."""
+        """Parameter groups: `Trainer`'s, and predictors, without weight decay, with their own learning rate."""
         if self.optimizer is None:
-            model: Any = self.model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            decayed = set(self.get_decay_parameter_names(model))
-            predictors = {id(p) for p in skimming_of(model).predictors.parameters()}
-            groups: dict[str, list[nn.Parameter]] = {"decay": [], "plain": [], "predictors": []}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    kind = "decay" if name in decayed else "plain"
-                    groups["predictors" if id(parameter) in predictors else kind].append(parameter)
-            self.optimizer = optimizer_class(
-                [
-                    {"params": groups["decay"], "weight_decay": self.args.weight_decay},
-                    {"params": groups["plain"], "weight_decay": 0.0},
-                    {
-                        "params": groups["predictors"],
-                        "weight_decay": 0.0,
-                        "lr": self.args.predictor_learning_rate,
-                    },
-                ],
-                **options,
-            )
-        return self.optimizer
+            optimizer = super().create_optimizer(*args, **kwargs)
+            predictors = {id(p): p for p in skimming_of(self.model).predictors.parameters() if p.requires_grad}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in predictors]
+            own = {"weight_decay": 0.0, "lr": self.args.predictor_learning_rate}
+            optimizer.add_param_group({"params": list(predictors.values()), **own})
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def compute_loss(
         self,
@@ -231,20 +224,38 @@ class SkimTrainer(SteadyTrainer):
         recording: AbstractContextManager[list[SkimRecord]] = nullcontext([])
         if model.training and is_logged(self.args, self.state):
             recording = record_skimming()
-        with recording as records, final_states(cast(PreTrainedModel, self.model)) as states:
+        skimmed = cast(PreTrainedModel, self.model)  # without what runs it on several devices
+        watching: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if teacher_states is not None:
+            watching = final_states(skimmed)
+        with recording as records, watching as states, unclaimed_penalties() as extra:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if records:
             self.curves.add(self.state.global_step + 1, records[-1], outputs, skimming_of(self.model).config)
+        # Of label smoothing and a loss function of the user's own, which take the labels from the model.
         if teacher_logits is not None and model.training:
-            temperature = self.args.distillation_temperature
-            loss = loss + self.args.distillation_weight * distillation_loss(
-                logits_in(outputs), teacher_logits, temperature
+            apart = distillation_loss(
+                logits_in(outputs),
+                teacher_logits,
+                self.args.distillation_temperature,
+                getattr(skimmed.config, "problem_type", None),
             )
+            extra.append(self.args.distillation_weight * apart)
         if teacher_states is not None and model.training:
             first = torch.cat([part[:, 0].to(teacher_states.device) for part in in_order(states)])
             apart = F.mse_loss(first.float(), teacher_states.float())
-            loss = loss + self.args.state_distillation_weight * apart
+            extra.append(self.args.state_distillation_weight * apart)
+        if extra:
+            share = self._share_of_a_step() if model.training else 1.0
+            loss = loss + share * torch.stack([part.to(loss.device) for part in extra]).sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_a_step(self) -> float:
+        """What a mean over this batch has to be multiplied by: `Trainer` divides a loss that is a mean by itself."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1) if scaled else 1.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.curves.step == self.state.global_step:
@@ -258,15 +269,21 @@ class SkimTrainer(SteadyTrainer):
         super().log(logs, start_time)
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, problem_type: str | None = None
+) -> Tensor:
     """KL divergence from the teacher's softened predictions, scaled by temperature^2; logits [..., classes].
 
     The mean over whatever stands before the classes: rows, and of the places of an answer, its start and its end.
 
-    With a single output, a number, it is the mean squared difference.
+    With a single output, or where `problem_type` is "regression", it is the mean squared difference; with
+    "multi_label_classification" the cross-entropy of every class by itself.
     """
-    if logits.size(-1) == 1:
+    if logits.size(-1) == 1 or problem_type == "regression":
         return F.mse_loss(logits.float(), teacher_logits.float())
+    if problem_type == "multi_label_classification":
+        wanted = torch.sigmoid(teacher_logits.float() / temperature)
+        return F.binary_cross_entropy_with_logits(logits.float() / temperature, wanted) * temperature**2
     student = F.log_softmax(logits.float() / temperature, -1).flatten(0, -2)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1).flatten(0, -2)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
@@ -291,10 +308,9 @@ class _Schedules(TrainerCallback):
         left = 1.0 if decay_steps <= 0 else min(1.0, (state.max_steps - 1 - state.global_step) / decay_steps)
         self._set(kwargs["model"], risen, left)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._set(kwargs["model"], 1.0, 1.0)
+    def restore(self, config: SkimConfig) -> None:
+        for name, value in (("noise", self.noise), ("skim_target", self.target), ("skim_weight", self.weight)):
+            config.set_for_now(name, value)
 
     def _set(self, model: nn.Module, risen: float, noise_left: float) -> None:
         config = skimming_of(model).config
