@@ -13,22 +13,30 @@ PADDED = "dense, padded (Hugging Face SDPA)"
 HEADLINE_MODEL = "bert-base-shape"
 NOTHING = "–"
 
+# Folder of results -> instruction set of its CPU.
+INSTRUCTION_SETS = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512"}
+
 _HEADS = ("model", "lengths", "decisions", "dtype", "batch", "FLOPs ×", "wall-clock ×", "**skim efficiency**", "spread")
 _HEADS += ("× fastest of the others", "× padded HF", "roofline", "efficiency at the roofline", "difference")
+# Of a table for readers who meet it first; the README says what all decisions are.
+_FEWER_HEADS = tuple(
+    name for name in _HEADS if name not in ("decisions", "roofline", "efficiency at the roofline", "difference")
+)
 
 
 def headline(devices: Sequence[Device]) -> str:
-    """Of each device: the plot of the speedups, and the table's rows of BERT-base at its largest batch."""
+    """Of each device: the plot of the speedups, and BERT-base's rows at its largest batch, with fewer columns."""
     parts = []
     for device in devices:
         groups = [group for group in device.groups("model") if group[0]["model"] == HEADLINE_MODEL]
         if not groups:
             continue
         largest = max(workload["batch_size"] for workload, _ in groups)
-        lines = efficiency_lines([group for group in groups if group[0]["batch_size"] == largest])
-        parts += [*_images(device, ("speedup",), "docs/"), *lines, "", where(device), ""]
+        lines = efficiency_lines([group for group in groups if group[0]["batch_size"] == largest], _FEWER_HEADS)
+        parts += [f"**{machine(device)}**", "", *_images(device, ("speedup",), "docs/"), *lines, ""]
     if parts:
-        parts += ["More workloads, every peer, memory and training: [docs/results.md](docs/results.md).", ""]
+        more = "More workloads and columns, every peer, memory, training, and the commits"
+        parts += [f"{more}: [docs/results.md](docs/results.md).", ""]
     return "\n".join(parts)
 
 
@@ -56,39 +64,40 @@ def page(devices: Sequence[Device]) -> str:
 
 
 def where(device: Device) -> str:
+    return f"{machine(device)}; `transkimmer bench model`, commit {', '.join(device.environments)}."
+
+
+def machine(device: Device) -> str:
     environment = list(device.environments.values())[-1]
-    commits = ", ".join(device.environments)
-    machine = f"{environment['processor']}, {environment['threads']} threads"
-    if not device.name.startswith("cpu"):
-        machine = f"One {device.name.replace('-', ' ').upper()}"
-    return f"{machine}, torch {environment['torch']}; `transkimmer bench model`, commit {commits}."
+    name = f"One {device.name.replace('-', ' ').upper()}"
+    if device.name.startswith("cpu"):
+        instructions = INSTRUCTION_SETS.get(device.name, device.name)
+        name = f"{environment['processor']} with {instructions}, {environment['threads']} threads"
+    return f"{name}, torch {environment['torch']}"
 
 
-def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[str]:
-    """A line per workload on which skimming was timed."""
-    lines = head(_HEADS)
+def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]], heads: Sequence[str] = _HEADS) -> list[str]:
+    """A line per workload on which skimming was timed; heads: the columns, in the order of `_HEADS`."""
+    lines = head(heads)
     for workload, rows in groups:
         skimming = rows.get(SKIMMING)
         if skimming is None or skimming["note"] is not None:
             continue
         others = {name: times for name, times in skimming["speedups"].items() if name != OURS}
         fastest = min(others, key=lambda name: others[name], default=None)
-        lines.append(
-            line(
-                [
-                    *_names(workload),
-                    f"{skimming['executed_flops_speedup']:.2f}",
-                    f"{skimming['wall_clock_speedup']:.2f}",
-                    f"**{skimming['skim_efficiency']:.2f}**",
-                    _spread(skimming),
-                    NOTHING if fastest is None else f"{others[fastest]:.2f} ({short_name(fastest)})",
-                    f"{others[PADDED]:.2f}" if PADDED in others else NOTHING,
-                    f"{skimming['roofline_share']:.0%}",
-                    _attainable(skimming, rows.get(OURS)),
-                    f"{skimming['max_difference']:.0e}",
-                ]
-            )
-        )
+        cells = [
+            *_names(workload),
+            f"{skimming['executed_flops_speedup']:.2f}",
+            f"{skimming['wall_clock_speedup']:.2f}",
+            f"**{skimming['skim_efficiency']:.2f}**",
+            _spread(skimming),
+            NOTHING if fastest is None else f"{others[fastest]:.2f} ({short_name(fastest)})",
+            f"{others[PADDED]:.2f}" if PADDED in others else NOTHING,
+            f"{skimming['roofline_share']:.0%}",
+            _attainable(skimming, rows.get(OURS)),
+            f"{skimming['max_difference']:.0e}",
+        ]
+        lines.append(line(cell for name, cell in zip(_HEADS, cells, strict=True) if name in heads))
     return lines
 
 

@@ -22,8 +22,7 @@ from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, p
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-# Folders with single runs -> what they are called.
-MACHINES = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512"}
+MACHINES = model_tables.INSTRUCTION_SETS  # folders with single runs -> what they are called
 README = ROOT / "README.md"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
 COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficiency**")

@@ -83,12 +83,17 @@ def test_the_page(device: runs.Device) -> None:
     assert "| bert-base-shape | mrpc | fp32 | 8 | 16 | 16 | 16 | 16 |" in page
     assert "| 1 | 3.00 | 2.00 | **0.67** | – |" in page
     assert "- absent: not installed" in page and "commit aaa, bbb" in page
+    assert "\nA Processor with cpu-x, 2 threads, torch 2.13.0; `transkimmer bench model`" in page
     assert "| bert-base-shape | mrpc | fp32 | 8 | packed | 1000 ms | 10% | 2.00 | – |" in page
 
 
 def test_the_headline_is_the_largest_batch(device: runs.Device) -> None:
     headline = model_tables.headline([device])
-    assert headline.count("| bert-base-shape |") == 1 and "| 8 |" in headline
+    cells = "| bert-base-shape | mrpc | fp32 | 8 | 3.00 | 2.00 | **0.67** | 3% | 4.50 (plain PyTorch) | 6.25 |"
+    assert headline.count("| bert-base-shape |") == 1 and f"\n{cells}\n" in headline
+    assert headline.startswith("**A Processor with cpu-x, 2 threads, torch 2.13.0**\n") and "commit a" not in headline
+    names = "| model | lengths | dtype | batch | FLOPs × | wall-clock × | **skim efficiency** | spread |"
+    assert f"{names} × fastest of the others | × padded HF |\n" in headline
     assert "](docs/plots/cpu-x-speedup.svg)" in headline
     assert model_tables.headline([]) == ""
 
