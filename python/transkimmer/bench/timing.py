@@ -1,4 +1,4 @@
-"""Timing contenders side by side: batch by batch in turn, so that a slow spell of the machine hits all of them."""
+"""Timing contenders side by side: each runs all batches, in turn, so that a slow spell of the machine hits them all."""
 
 from __future__ import annotations
 

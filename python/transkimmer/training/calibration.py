@@ -21,12 +21,14 @@ STEP, LARGEST = 0.05, 4.0
 def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], flops_speedup: float) -> float:
     """Shifts the last bias of every predictor, by one amount, so that `batches` are read at `flops_speedup` or above.
 
-    Decisions stay an argmax. A draw in training and an argmax at inference keep different shares of the tokens, so the
-    speedup that a skim weight leads to is only roughly known beforehand.
+    `SkimConfig.threshold` stays what it is: decisions at 0.5 stay an argmax. A draw in training and an argmax at
+    inference keep different shares of the tokens, so the speedup that a skim weight leads to is only roughly known
+    beforehand.
 
     Args:
         model: with trained predictors; its `SkimConfig` must decide by threshold. Changed in place.
-        batches: held-out data; `labels` are not looked at.
+        batches: padded ones of rows that were not trained on, dicts with `input_ids` and `attention_mask`. They are
+            moved to the model's device, and read about ten times; `labels` are not looked at.
         flops_speedup: as `SkimEvaluation` counts it, at least 1.
 
     Returns:

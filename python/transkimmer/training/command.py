@@ -29,7 +29,7 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
     ),
     "doc_stride": (int, "tokens that neighbouring windows on a long passage share (SQuAD)", "128"),
     "skim_weight": (float, "lambda: weight of the skim loss; more skims more", BY_MODE),
-    "skim_ramp": (float, "share of the steps over which lambda rises from 0", BY_MODE),
+    "skim_ramp": (float, "share of the steps over which lambda rises from 0, or with --aim the aim falls", BY_MODE),
     "noise_decay": (float, "share of the steps, the last ones, over which decisions cease to be drawn", None),
     "temperature": (float, "tau, of the Gumbel softmax", BY_MODE),
     "predictor_width": (int, "inner width of the skim predictors", "the hidden size"),
@@ -38,11 +38,11 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
     "state_distillation_weight": (float, "weight of the loss against the dense fine-tune's final first state", BY_MODE),
     "flops_speedup": (
         float,
-        "calibrate the threshold on held-out training rows to this FLOPs speedup, at least 1",
+        "calibrate the predictors' last bias on held-out training rows to this FLOPs speedup, at least 1",
         "2.0 in mode corrected, else not calibrated",
     ),
-    "held_out": (float, "share of the training rows for calibration", None),
-    "limit": (int, "use N training rows only, drawn at random (a trial run)", "all"),
+    "held_out": (float, "share of the training rows for calibration, never more than 2000 rows", None),
+    "limit": (int, "use N training rows only, held-out ones included, drawn at random (a trial run)", "all"),
 }
 
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         choices=CALIBRATIONS,
-        help="of the threshold, on held-out rows: to --flops-speedup, to as many tokens as draws keep, or not at all; "
+        help="of the predictors' last bias, on held-out rows: to --flops-speedup, to what draws keep, or not at all; "
         "default: speedup where --flops-speedup is given and in mode corrected, else none",
     )
     parser.add_argument(

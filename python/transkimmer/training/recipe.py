@@ -43,10 +43,10 @@ class Recipe:
         warmup: share of the steps over which learning rates rise.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         doc_stride: as in `QuestionWindows`; None: the task's texts are not read in windows.
-        calibration: "speedup": the threshold is moved to `flops_speedup` on held-out rows; "sampled": to where it
-            keeps as many tokens as draws do; "none": not at all.
-        held_out: share of the training rows that only calibration sees.
-        limit: trains on the first rows only (a trial run).
+        calibration: "speedup": the predictors' last bias is shifted to `flops_speedup` on held-out rows; "sampled": to
+            the speedup that draws have there; "none": not at all.
+        held_out: share of the training rows that only calibration sees, at most `run.HELD_OUT_AT_MOST` rows.
+        limit: so many training rows are used, drawn at random, held-out ones included (a trial run).
     """
 
     mode: str
