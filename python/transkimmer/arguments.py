@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def check_folder(option: str, name: str, parts: Sequence[str] = MODEL, allowed: 
         raise ValueError(f"{option} {name or repr(name)}: no such folder; must be {allowed}")
     for part in parts:
         if not any(any(Path(name).glob(pattern)) for pattern in _PARTS[part]):
-            raise ValueError(f"{option} {name}: the folder has no {part}; must be {allowed}")
+            inside = Path(name) / "model"  # where a run of `train` has it
+            hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+            raise ValueError(f"{option} {name}: the folder has no {part}; must be {allowed}{hint}")
 
 
 def _may_be_on_the_hub(name: str) -> bool:
@@ -76,6 +79,7 @@ def _may_be_on_the_hub(name: str) -> bool:
     return not path.exists() and (path.parent == Path() or not path.parent.is_dir())
 
 
+@functools.cache  # a refusal is not kept
 def _ask_the_hub(option: str, name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import RepositoryNotFoundError

@@ -36,8 +36,13 @@ class SkimPredictor(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
         nn.init.normal_(self.out.bias, std=0.02)
-        self.out.bias[KEEP] += bias_init
-        self.out.bias[SKIM] -= bias_init
+        self.shift(2 * bias_init)
+
+    @torch.no_grad()
+    def shift(self, by: float | Tensor) -> None:
+        """Adds `by` to every logit."""
+        self.out.bias[KEEP] += by / 2
+        self.out.bias[SKIM] -= by / 2
 
     def forward(self, hidden: Tensor, norm: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__) -> Tensor:
         """hidden [..., d] -> keep-minus-skim logit fp32 [...]: all that a decision depends on.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertModel, PreTrainedModel, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transkimmer import SkimConfig, add_skimming, from_pretrained, losses, record_skimming, remove_skimming
-from transkimmer.training import SkimTrainer, SkimTrainingArguments, evaluate
+from transkimmer.training import SkimTrainer, SkimTrainingArguments, evaluate, trainer
 from transkimmer.training.trainer import distillation_loss
 
 from .tiny import HEADS, config_of, no_dropout, padded_inputs, relative_error, tiny, undecided_predictors
@@ -264,3 +264,11 @@ def test_costs_of_multiple_choice() -> None:
     model.skimming.enabled = False
     dense = evaluate(remove_skimming(model), [batch])
     assert dense.lengths.tolist() == [9, 1, 14, 5] and dense.flops_speedup == 1.0
+
+
+def test_states_that_no_batch_has_are_missed(tmp_path: Path) -> None:
+    trainer._warn_of_no_states.cache_clear()
+    model = skimming().train()
+    job = trainer_of(model, tmp_path, state_distillation_weight=5.0)
+    with pytest.warns(UserWarning, match="state_distillation_weight: is set, but batches have no 'teacher_states'"):
+        job.compute_loss(model, {**padded_inputs(), "labels": LABELS})

@@ -79,6 +79,13 @@ def test_a_folder_needs_a_tokenizer_to_train(tmp_path: Path, capsys: pytest.Capt
     assert "--model nowhere: no such folder; must be a folder with a trained" in refusal([*evaluate, "nowhere"], capsys)
 
 
+def test_a_run_names_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    assert f"; did you mean {model}?" in refusal(["bench", "model", "--model", str(tmp_path)], capsys)
+
+
 def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
     response: Any = SimpleNamespace(headers={}, request=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..policies import scheduled_count
-from ..predictor import KEEP, SKIM, SkimPredictor
+from ..predictor import SkimPredictor
 from ..records import record_skimming
 from ..skimming import skimming_of
 from .workload import Batch
@@ -41,8 +41,7 @@ def draw_by_schedule(model: PreTrainedModel, batches: Sequence[Batch], ratios: S
         survival = torch.ones_like(logits[0])  # [tokens], probability of having been kept so far
         for predictor, logit, count in zip(predictors, logits, counts, strict=True):
             shift = _shift(logit, survival, count - lengths.numel())  # first tokens stay without being asked
-            predictor.out.bias[KEEP] += shift / 2
-            predictor.out.bias[SKIM] -= shift / 2
+            predictor.shift(shift)
             survival *= torch.sigmoid(logit + shift)
     return sum(counts) / (len(counts) * int(lengths.sum()))
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..predictor import KEEP, SKIM, SkimPredictor
+from ..predictor import SkimPredictor
 from ..skimming import skimming_of
 from .evaluation import evaluate
 
@@ -64,15 +64,10 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], f
             raise ValueError(
                 f"flops_speedup={flops_speedup}: skims to {least:.2f} at least; train with less skim weight"
             )
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if speedup(middle) >= flops_speedup else (middle + 1, high)
+        raised = bisect.bisect_left(range(low, high), flops_speedup, key=speedup) + low
     finally:
         skimming.config.threshold = threshold
-    shift = -high * STEP
-    with torch.no_grad():
-        for module in skimming.predictors:
-            predictor = cast(SkimPredictor, module)
-            predictor.out.bias[KEEP] += shift / 2
-            predictor.out.bias[SKIM] -= shift / 2
+    shift = -raised * STEP
+    for predictor in skimming.predictors:
+        cast(SkimPredictor, predictor).shift(shift)
     return shift

@@ -6,7 +6,9 @@ train well (see docs/training.md for the measurements).
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -241,6 +243,8 @@ class SkimTrainer(SteadyTrainer):
                 getattr(skimmed.config, "problem_type", None),
             )
             extra.append(self.args.distillation_weight * apart)
+        if self.args.state_distillation_weight and teacher_states is None and model.training:
+            _warn_of_no_states()
         if teacher_states is not None and model.training:
             first = torch.cat([part[:, 0].to(teacher_states.device) for part in in_order(states)])
             apart = F.mse_loss(first.float(), teacher_states.float())
@@ -267,6 +271,14 @@ class SkimTrainer(SteadyTrainer):
                 **self.curves.scalars(config.logit_threshold),
             }
         super().log(logs, start_time)
+
+
+@functools.cache  # once
+def _warn_of_no_states() -> None:
+    warnings.warn(
+        f"state_distillation_weight: is set, but batches have no {TEACHER_STATES!r}; nothing is distilled from states",
+        stacklevel=3,
+    )
 
 
 def distillation_loss(
