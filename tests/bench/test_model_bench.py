@@ -318,14 +318,19 @@ def run(folder: Path, *options: object) -> int:
     return main(["bench", "model", *map(str, [*workload_options, *rest, *options])])
 
 
-def test_rows_are_stored_by_device_day_and_commit(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Neither midnight nor a change of the checkout comes between two runs.
+@pytest.fixture
+def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither midnight nor a change of the checkout comes between two runs."""
     monkeypatch.setenv("GPU_CHECK_COMMIT", "c0ffee")
     noon = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.timezone.utc)
     clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda zone: noon), timezone=datetime.timezone)
     monkeypatch.setattr(results, "datetime", clock)
+
+
+@pytest.mark.usefixtures("one_day")
+def test_rows_are_stored_by_device_day_and_commit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(folder, "--batch-size", 1, 3, "--dtype", "fp32", "bf16", "--results", tmp_path) == 0
     (path,) = tmp_path.rglob("*.json")
     assert path.parent.name == results.device_name("cpu") and path.name in capsys.readouterr().out
@@ -370,6 +375,7 @@ def test_figures_stay_where_a_contender_is_left_out_later() -> None:
     assert results.merge([row("a", note="not installed")], [absent]) == [absent]
 
 
+@pytest.mark.usefixtures("one_day")
 def test_one_file_is_not_written_twice(tmp_path: Path) -> None:
     (path,) = results.Store("cpu", folder=tmp_path).paths
     with pytest.raises(ValueError, match="must be another file than that of --results"):

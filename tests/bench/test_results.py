@@ -36,6 +36,7 @@ OTHERS = ("gpu-check", "experiments")  # no rows of a command
 def test_stored_results_are_complete(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"torch", "processor", "threads"} <= set(result["environment"])
+    assert result["rows"]
     assert all(row["median_s"] > 0 for row in result["rows"] if "median_s" in row)
 
 

@@ -154,6 +154,16 @@ def test_it_trains() -> None:
     assert model.skimming.training_graphs.why_eager is None and len(model.skimming.training_graphs) == 1
 
 
+def test_noise_and_temperature_are_those_of_the_step() -> None:
+    """Not those of the capture. The batch fills its graph: draws are as without."""
+    model = graphed()
+    without = step(model, BATCHES[0])[2].keep_masks
+    model.skimming.config.noise, model.skimming.config.temperature = 0.5, 0.3
+    assert_step(model, BATCHES[0])
+    assert not torch.equal(step(model, BATCHES[0])[2].keep_masks, without)
+    assert len(model.skimming.training_graphs) == 1
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_add_up_over_steps(set_to_none: bool) -> None:
     def work(model: PreTrainedModel) -> dict[str, Tensor]:

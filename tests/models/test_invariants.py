@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from transkimmer import SkimConfig, add_skimming, record_skimming, remove_skimming
+from transkimmer.architectures import architecture_of, encoder_of, get
 from transkimmer.data import positions_of
+from transkimmer.training_forward import decisions_without_noise
 
 from .tiny import (
     ARCHITECTURES,
@@ -41,6 +43,20 @@ def test_keep_all_equals_the_dense_model(architecture: str, head: str, kernels: 
     assert set(model.skimming.serves.values()) == {kernels}
     expected, actual = (real_rows(main_output(x), inputs["attention_mask"]) for x in (dense, skimming))
     assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@torch.no_grad()
+def test_a_layer_is_that_of_its_group(groups: int) -> None:
+    """ALBERT applies the layers of a group again and again before it goes on to the next; two share three unevenly."""
+    model = tiny("albert", num_hidden_groups=groups)
+    inputs = padded_inputs()
+    dense = model(**inputs).last_hidden_state
+    layers = architecture_of(model).layers(encoder_of(model))
+    assert len(layers) == LAYERS and len(set(map(id, layers))) == groups
+    skimming = add_skimming(model)(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    assert relative_error(real_rows(skimming, mask), real_rows(dense, mask)) <= 1e-5
 
 
 @pytest.mark.parametrize("architecture", [name for name in ROBERTAS if name != "roberta"])
@@ -92,9 +108,25 @@ def test_training_forward_equals_pruned_inference(
         masked = model.train()(**inputs).last_hidden_state
     mask = inputs["attention_mask"]
     assert relative_error(real_rows(masked, mask), real_rows(pruned, mask)) <= 2e-5
+    assert relative_error(masked[:, 0], pruned[:, 0]) <= 2e-5, "what heads pool from"
     assert torch.equal(records[0].keep_masks, records[1].keep_masks)
     kept = records[0].tokens_kept
     assert 0.1 < kept[-1] < 0.9, "the test must skim some tokens, and keep some"
+
+
+@every_architecture
+@torch.no_grad()
+def test_in_training_a_head_reads_the_first_token_behind_the_padding(architecture: str) -> None:
+    """Without position embeddings it does not matter where a row begins."""
+    model = no_dropout(add_skimming(tiny(architecture, "sequence"))).train()
+    undecided_predictors(model)
+    model.base_model.embeddings.position_embeddings.weight.zero_()
+    right, left = padded_inputs(), padded_inputs(side="left")
+    left["input_ids"][left["attention_mask"].bool()] = right["input_ids"][right["attention_mask"].bool()]
+    with decisions_without_noise(0.0), record_skimming() as records:
+        expected, actual = (model(**inputs).logits for inputs in (right, left))
+    assert relative_error(actual, expected) <= 2e-5
+    assert 0.1 < records[0].tokens_kept[-1] < 0.9
 
 
 @every_architecture
@@ -113,8 +145,6 @@ def test_pruned_inference_equals_the_dense_layers_on_the_survivors(architecture:
 
 
 def _masked_dense(dense: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    from transkimmer.architectures import architecture_of, encoder_of, get
-
     architecture, encoder = architecture_of(dense), encoder_of(dense)
     hidden = dense.base_model.embeddings(inputs["input_ids"])
     if architecture.input_projection is not None:
@@ -165,13 +195,14 @@ def test_removing_skimming_restores_the_model(architecture: str) -> None:
     model = tiny(architecture, "token")
     inputs = padded_inputs()
     names, before, attention = list(model.state_dict()), model(**inputs).logits, model.config._attn_implementation
-    encoder_class = type(model.base_model)
     remove_skimming(add_skimming(model))
     assert list(model.state_dict()) == names
     assert torch.equal(model(**inputs).logits, before)
     assert model.config._attn_implementation == attention
-    assert type(model.base_model) is encoder_class
-    assert not hasattr(model, "skimming") and not hasattr(model.config, "skimming")
+    fresh = tiny(architecture, "token")
+    parts = (lambda x: x, encoder_of, lambda x: x.base_model.embeddings, lambda x: x.config)
+    for left, original in ((part(model), part(fresh)) for part in parts):
+        assert type(left) is type(original) and vars(left).keys() == vars(original).keys()
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 

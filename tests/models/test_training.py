@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
 from transkimmer.predictor import KEEP
 from transkimmer.training import SkimTrainer, SkimTrainingArguments, calibrate, evaluate_classifier
+from transkimmer.training.trainer import TEACHER_LOGITS, distillation_loss
 
 from ..target import Recorder
-from .tiny import ARCHITECTURES, KERNELS, padded_inputs, relative_error, tiny, undecided_predictors
+from .tiny import ARCHITECTURES, KERNELS, no_dropout, padded_inputs, relative_error, tiny, undecided_predictors
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -37,7 +39,8 @@ def test_the_skim_loss_is_part_of_the_loss(architecture: str) -> None:
     model.skimming.config.skim_weight = 0.25
     as_tuple = model(**padded_inputs(), labels=LABELS, return_dict=False)
     assert as_tuple[0].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert model.eval()(**padded_inputs(), labels=LABELS).loss.item() != loss.item()
+    judged = model.eval()(**padded_inputs(), labels=LABELS)
+    assert judged.loss.item() == pytest.approx(F.cross_entropy(judged.logits, LABELS).item(), rel=1e-6)
 
 
 def test_the_skim_loss_costs_nothing_up_to_its_target() -> None:
@@ -270,6 +273,47 @@ def test_calibration_that_cannot_reach_its_goal_changes_nothing() -> None:
         calibrate(model, [{**padded_inputs(), "labels": LABELS}], 1000)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.skimming.config.threshold == 0.5
+
+
+@every_architecture
+def test_every_parameter_is_in_one_group_of_the_optimizer(tmp_path: Path, architecture: str) -> None:
+    model = add_skimming(tiny(architecture, "sequence"))
+    rates = {"learning_rate": 1e-3, "predictor_learning_rate": 7e-3, "weight_decay": 0.1}
+    arguments = _arguments(SkimTrainingArguments, tmp_path, **rates)
+    groups = SkimTrainer(model=model, args=arguments).create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (7e-3, 0.0)]
+    decayed, plain, predictors = ([id(p) for p in group["params"]] for group in groups)
+    assert sorted(predictors) == sorted(map(id, model.skimming.predictors.parameters()))
+    assert sorted(decayed + plain + predictors) == sorted(map(id, model.parameters()))
+    assert decayed and plain and all(p.dim() == 2 for p in groups[0]["params"])
+
+
+def test_distillation_is_a_divergence_of_softened_predictions() -> None:
+    """At temperature 2, 4 KL(0.8, 0.2 | 0.5, 0.5), mean over a row that costs so much and one that costs nothing."""
+    student = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
+    teacher = torch.tensor([[2 * math.log(0.8), 2 * math.log(0.2)], [5.0, 3.0]])
+    expected = 4 * (0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)) / 2
+    for shape in ((2, 2), (1, 2, 2)):  # of classes; of an answer's start and end
+        assert distillation_loss(student.view(shape), teacher.view(shape), 2.0).item() == pytest.approx(expected)
+    numbers = student[:, :1], teacher[:, :1]
+    assert torch.equal(distillation_loss(*numbers, 2.0), F.mse_loss(*numbers))
+
+
+@pytest.mark.default_kernels("losses around a model do not depend on the kernels")
+@pytest.mark.parametrize("labels", [LABELS, LABELS.float()], ids=["classes", "numbers"])
+def test_a_teachers_logits_are_heard_by_their_weight(tmp_path: Path, labels: Tensor) -> None:
+    outputs = 1 if labels.is_floating_point() else 2
+    model = no_dropout(add_skimming(tiny("bert", "sequence", num_labels=outputs), SkimConfig(noise=0.0)))
+    arguments = _arguments(SkimTrainingArguments, tmp_path, distillation_weight=3.0, distillation_temperature=4.0)
+    job, inputs, teacher = SkimTrainer(model=model, args=arguments), padded_inputs(), torch.randn(4, outputs)
+    for training, weight in ((True, 3.0), (False, 0.0)):
+        model.train(training)
+        plain, taught = (
+            job.compute_loss(model, {**inputs, "labels": labels, **lessons})
+            for lessons in ({}, {TEACHER_LOGITS: teacher})
+        )
+        apart = distillation_loss(model(**inputs, labels=labels).logits, teacher, 4.0)
+        assert (taught - plain).item() == pytest.approx(weight * apart.item(), rel=1e-4)
 
 
 def test_trainer_refuses_what_it_cannot_train(tmp_path: Path) -> None:

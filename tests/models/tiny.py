@@ -56,7 +56,8 @@ def config_of(architecture: str, **overrides: object) -> object:
     if architecture in ROBERTAS:
         return ROBERTAS[architecture](**sizes, pad_token_id=1, **overrides)
     if architecture == "albert":
-        return AlbertConfig(**sizes, embedding_size=32, num_hidden_groups=1, hidden_act="gelu", **overrides)
+        own = {"embedding_size": 32, "num_hidden_groups": 1, "hidden_act": "gelu"}
+        return AlbertConfig(**sizes, **own | overrides)
     return BertConfig(**sizes, **overrides)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, trainer_utils
+from transformers import AutoConfig, AutoModelForSequenceClassification, trainer_utils
 from transkimmer import add_skimming, from_pretrained
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
@@ -20,7 +20,7 @@ from transkimmer.tasks import TASKS
 from transkimmer.training import SteadyTrainer
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import SETTINGS, recipe_of
-from transkimmer.training.run import Run
+from transkimmer.training.run import Run, hold_out
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
@@ -52,8 +52,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(backbone: Path, data: Path, output: Path, *options: str) -> int:
-    arguments = ["train", "--task", "sst2", "--data", str(data), "--backbone", str(backbone), "--output", str(output)]
+def train(backbone: Path, data: Path, output: Path, *options: str, task: str = "sst2") -> int:
+    arguments = ["train", "--task", task, "--data", str(data), "--backbone", str(backbone), "--output", str(output)]
     return main([*arguments, *QUICK, *options])
 
 
@@ -88,6 +88,25 @@ def test_a_run_from_start_to_finish(
     assert found["wall_clock_speedup"] > 0 and found["spread"] is None
     printed = capsys.readouterr().out
     assert "| spread of the timing | – |" in printed and printed.endswith(f"wrote {figures}\n")
+
+
+def test_a_run_that_predicts_numbers(tmp_path: Path, backbone: Path) -> None:
+    for name, count in (("sts-train.tsv", 40), ("sts-dev.tsv", 10)):
+        rows = [f"{number % 11 / 2}\tdog {'happy ' * (number % 11)}\tcat sad" for number in range(count)]
+        (tmp_path / name).write_text("\n".join(["score\tsentence1\tsentence2", *rows]) + "\n", encoding="utf-8")
+    options = ["--epochs", "1", "--dense-epochs", "1", "--max-length", "16"]
+    assert train(backbone, tmp_path, tmp_path / "run", *options, task="stsb") == 0
+    document = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    correlations = document["dev"]["threshold"]["metrics"]
+    assert set(correlations) == set(document["dense_dev"]["metrics"]) == {"pearson", "spearman"}
+    assert all(correlations.values()), "a class, the same for every row, would correlate with nothing"
+    config = AutoConfig.from_pretrained(tmp_path / "run/model")
+    assert (config.problem_type, config.num_labels) == ("regression", 1)
+    evaluate = ["evaluate", "--model", str(tmp_path / "run"), "--task", "stsb", "--data", str(tmp_path)]
+    figures = tmp_path / "figures.json"
+    assert main([*evaluate, "--repeats", "0", "--check-training-forward", "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert found["metrics"] == correlations and found["training_forward"]["agreement"] is None
 
 
 def test_a_picture_of_texts(
@@ -207,6 +226,15 @@ def test_recipes() -> None:
     for option, value in (("epochs", 0.0), ("batch_size", 0), ("held_out", 1.0), ("calibration", "guess")):
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: must be"):
             recipe_of("corrected", TASKS["rte"], **{option: value})
+
+
+def test_the_same_rows_are_held_out_whatever_the_seed() -> None:
+    rows = list(range(100))
+    (train_1, held_1), (train_2, held_2) = (
+        hold_out(rows, recipe_of("corrected", TASKS["rte"], seed=seed)) for seed in (1, 2)
+    )
+    assert held_1 == held_2 and len(held_1) == 10
+    assert sorted(train_1 + held_1) == sorted(train_2 + held_2) == rows
 
 
 def test_a_dense_fine_tune_takes_no_settings_of_skimming(

@@ -1,0 +1,54 @@
+"""`transkimmer train-demo` on a tiny backbone: what it stores is the model whose figures it stores."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transkimmer.cli import main
+from transkimmer.data import TokenizedExamples, padded_batches, sample_path
+from transkimmer.demo import load_demo, model, stored_figures, train
+from transkimmer.tasks import TASKS
+from transkimmer.tasks.reading import read_table
+from transkimmer.training import evaluate_classifier
+
+from ..models.tiny import tiny
+from ..models.words import word_tokenizer
+
+RECIPE = train.Recipe(batch_size=8, held_out=8, dense_epochs=1, epochs=1, min_words=4, bias_init=1, flops_speedup=1.1)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    tiny("bert", "sequence").save_pretrained(tmp_path / "backbone")
+    word_tokenizer().save_pretrained(tmp_path / "backbone")
+    for module in (model, train):
+        monkeypatch.setattr(module, "backbone_folder", lambda: tmp_path / "backbone")
+    monkeypatch.setattr(train, "Recipe", lambda: RECIPE)
+    words = random.Random(0)
+    rows = ["sentence\tlabel"]
+    for number in range(48):
+        text = words.choices(["dog", "cat", "runs", "sleeps", "un"], k=words.randint(2, 9))
+        rows.append(" ".join([*text, "happy" if number % 2 else "sad"]) + f"\t{number % 2}")
+    (tmp_path / "train.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    places = {"--data": "train.tsv", "--output": "demo", "--work": "work"}
+    return ["train-demo", *(part for option, place in places.items() for part in (option, str(tmp_path / place)))]
+
+
+def test_what_is_stored_is_what_was_measured(tmp_path: Path, arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    demo, tokenizer = load_demo(folder=tmp_path / "demo")
+    examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"]), tokenizer)
+    found = evaluate_classifier(demo, padded_batches(examples, tokenizer, 64, sort=True))
+    figures = stored_figures(tmp_path / "demo")
+    assert (figures["accuracy"], figures["flops_speedup"]) == (found.accuracy, found.flops_speedup)
+    assert figures["tokens_kept_by_layer"] == found.tokens_kept_by_layer
+    assert figures["train_sentences"] == 40 > figures["skim_train_sentences"] > 0
+    assert figures["calibration_shift"] < 0 and figures["held_out_flops_speedup"] >= 1.1
+    assert figures["recipe"] == vars(RECIPE) and {"dense_accuracy", "held_out_accuracy"} <= figures.keys()
+    dense, published = (load_file(tmp_path / place / "model.safetensors") for place in ("work/dense", "backbone"))
+    embeddings = [name for name in published if "embeddings" in name]
+    assert embeddings and all(torch.equal(dense[name], published[name]) for name in embeddings)
