@@ -123,6 +123,11 @@ def architecture_of(model: Any) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def layer_count(config: Any) -> int:
+    """Layers that a model applies to a token: ALBERT's groups may hold several."""
+    return int(config.num_hidden_layers) * int(getattr(config, "inner_group_num", 1))
+
+
 def encoder_of(model: PreTrainedModel) -> Any:
     """The encoder module of `model`."""
     return get(model.base_model, architecture_of(model).encoder)

@@ -10,11 +10,14 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from transkimmer_kernels.library import OPERATORS
+
+from .architectures import layer_count
 
 
 class FlopCount(FlopCounterMode):
@@ -57,10 +60,10 @@ class EncoderShape:
     scores_first: bool = False
 
     @classmethod
-    def of(cls, config: object, predictor: int = 0) -> EncoderShape:
+    def of(cls, config: Any, predictor: int = 0) -> EncoderShape:
         """From a Hugging Face config."""
-        ffn = getattr(config, "intermediate_size", None) or config.hidden_dim  # type: ignore[attr-defined]
-        return cls(config.num_hidden_layers, config.hidden_size, ffn, predictor)  # type: ignore[attr-defined]
+        ffn = getattr(config, "intermediate_size", None) or config.hidden_dim
+        return cls(layer_count(config), config.hidden_size, ffn, predictor)
 
     def as_executed(self, *, scores_first: bool = False) -> EncoderShape:
         """The same, with predictors counted as we execute them."""

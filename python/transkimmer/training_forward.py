@@ -188,7 +188,7 @@ def drawing_noise() -> bool:
 
 
 def straight_through_keep(logit: Tensor, temperature: float | Tensor, noise: float | Tensor = 1.0) -> Tensor:
-    """A 0/1 draw with P(1) = sigmoid(logit / noise), at noise 0 the sign of the logit.
+    """A 0/1 draw with P(1) = sigmoid(logit / noise), at noise 0 whether the logit is 0 at least, as inference decides.
 
     Its gradient is that of sigmoid((logit + noise * logistic) / temperature), at noise 1 Eq. 5.
     """
@@ -196,7 +196,7 @@ def straight_through_keep(logit: Tensor, temperature: float | Tensor, noise: flo
     noisy = logit + noise * logistic_noise(logit) if threshold is None else logit - threshold
     soft = torch.sigmoid(noisy / temperature)
     # Written so that the value is exactly 0 or 1: hard + (soft - soft) rounds to it, (hard - soft) + soft does not.
-    return (noisy > 0).float() + (soft - soft.detach())
+    return (noisy >= 0).float() + (soft - soft.detach())
 
 
 def keep_attention(

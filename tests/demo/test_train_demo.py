@@ -52,3 +52,11 @@ def test_what_is_stored_is_what_was_measured(tmp_path: Path, arguments: list[str
     dense, published = (load_file(tmp_path / place / "model.safetensors") for place in ("work/dense", "backbone"))
     embeddings = [name for name in published if "embeddings" in name]
     assert embeddings and all(torch.equal(dense[name], published[name]) for name in embeddings)
+
+
+def test_a_dense_model_of_an_earlier_run_leads_to_the_same(tmp_path: Path, arguments: list[str]) -> None:
+    found = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        found.append(load_file(tmp_path / "demo" / "model.safetensors"))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])

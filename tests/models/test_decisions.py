@@ -46,3 +46,20 @@ def test_without_noise_training_keeps_what_inference_keeps(threshold: float, ker
     assert torch.equal(training, inference) and not torch.equal(training, argmax)
     mask = inputs["attention_mask"]
     assert relative_error(real_rows(masked, mask), real_rows(pruned, mask)) <= 2e-5
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+@torch.no_grad()
+def test_a_logit_at_the_threshold_stays(threshold: float, kernels: str) -> None:
+    model = no_dropout(add_skimming(tiny("bert"), SkimConfig(threshold=threshold, noise=0.0), kernels=kernels))
+    at = model.skimming.config.logit_threshold
+    for predictor in model.skimming.predictors:
+        predictor.out.weight.zero_()
+        predictor.out.bias.copy_(torch.tensor([0.0, at]))  # skim, keep
+    with record_skimming() as records:
+        model(**padded_inputs())
+        with decisions_without_noise(at):
+            model.train()(**padded_inputs())
+        if threshold == 0.5:  # which draws without noise know
+            model(**padded_inputs())
+    assert all(record.tokens_kept.tolist() == [1.0] * LAYERS for record in records)

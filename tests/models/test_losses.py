@@ -256,6 +256,12 @@ def test_a_head_of_another_size_is_reported(tmp_path: Path, capfd: Any) -> None:
         from_pretrained(tmp_path, HEADS["sequence"], num_labels=5)
 
 
+def test_costs_of_groups_of_several_layers() -> None:
+    model = add_skimming(tiny("albert", "sequence", inner_group_num=2))
+    found, dense = evaluate(model, [padded_inputs()]), evaluate(remove_skimming(model), [padded_inputs()])
+    assert len(found.tokens_kept_by_layer) == len(dense.tokens_kept_by_layer) == 6
+
+
 def test_costs_of_multiple_choice() -> None:
     model = skimming("choice")
     batch = padded_inputs(choices=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ OF_THE_DISK = [
     RuntimeError(
         "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file write failed"
     ),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 498240 vs 498128"),
 ]
+OF_THE_DISK[-1].__context__ = RuntimeError("basic_ios::clear: iostream error")
 OF_SOMETHING_ELSE = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -84,3 +87,34 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(
     save_whole(model, tokenizer, folder)
     assert not load_file(folder / "model.safetensors")["classifier.weight"].any()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_put_in_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, folder = tiny("bert", "sequence"), word_tokenizer(), tmp_path / "model"
+    save_whole(model, tokenizer, folder)
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == "model.partial":
+            raise FULL
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="could not be written"):
+        save_whole(model, tokenizer, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (folder / "model.safetensors").is_file()
+
+
+def test_an_error_of_a_device_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OF_SOMETHING_ELSE[0]
+    model = tiny("bert", "sequence")
+
+    def fail(self: object, partial: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail)
+    with pytest.raises(RuntimeError) as caught:
+        save_whole(model, word_tokenizer(), tmp_path / "model")
+    assert caught.value is error

@@ -14,6 +14,7 @@ from rich.console import Console
 from transkimmer_kernels import KERNELS, cpu_products, kernel_set
 from transkimmer_kernels.files import write_whole
 
+from ..architectures import layer_count
 from ..arguments import check_outputs
 from ..config import SkimConfig
 from ..data import sample_path
@@ -110,7 +111,7 @@ def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str,
     if not arguments.schedule or not arguments.lengths:
         raise ValueError(f"--model {arguments.model}: needs --schedule and --lengths (see transkimmer bench --help)")
     model: Any = workload.load_model(arguments.model)
-    ratios = workload.parse_schedule(arguments.schedule, model.config.num_hidden_layers)
+    ratios = workload.parse_schedule(arguments.schedule, layer_count(model.config))
     longest = min(arguments.max_length, model.config.max_position_embeddings)
     lengths = workload.lengths_of(arguments.lengths, arguments.tokenizer, longest)
     size = arguments.batch_size or 16

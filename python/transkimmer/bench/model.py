@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures import layer_count
 from ..flops import EncoderShape
 from ..skimming import skimming_of
 from ..training.evaluation import predictor_width
@@ -84,7 +85,7 @@ def _worked_on(found: Checked, subject: Subject, batches: Sequence[Batch]) -> li
     """By batch: tokens that arrive [sequences], and those that each layer works on [layers, sequences]."""
     real, padded = _extents(batches)
     lengths = padded if found.built.peer.works_on == "padded" else real
-    layers = found.layer_lengths or [x.expand(subject.dense.config.num_hidden_layers, -1) for x in lengths]
+    layers = found.layer_lengths or [x.expand(layer_count(subject.dense.config), -1) for x in lengths]
     return list(zip(lengths, layers, strict=True))
 
 

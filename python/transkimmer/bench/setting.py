@@ -13,6 +13,7 @@ import torch
 
 from transkimmer_kernels import KERNELS
 
+from ..architectures import layer_count
 from ..config import SkimConfig
 from ..skimming import add_skimming, remove_skimming
 from . import workload
@@ -140,7 +141,7 @@ def prepare(setting: Setting, kernels: str) -> tuple[Setting, Subject, list[Batc
         longest = min(MAX_LENGTH, dense.config.max_position_embeddings)
         lengths = workload.lengths_of(setting.lengths, None, longest)
         batches = workload.random_batches(lengths, setting.batch_size, setting.batches, dense.config.vocab_size)
-        ratios = workload.parse_schedule(setting.schedule or "", dense.config.num_hidden_layers)
+        ratios = workload.parse_schedule(setting.schedule or "", layer_count(dense.config))
         skimming = add_skimming(copy.deepcopy(dense), SkimConfig(schedule=ratios), kernels=kernels).eval()
     models: list[Any] = [dense, skimming]
     dense, skimming = (model.to(setting.device) for model in models)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import layer_count
 from ..records import record_skimming
 from .timing import Row
 
@@ -150,7 +151,7 @@ def print_sentences(
 
     class_names: none where a number is predicted. max_length: as in `word_depths`.
     """
-    layers = model.config.num_hidden_layers
+    layers = layer_count(model.config)
     numbers = console.color_system is None
     if numbers:
         console.print(f"word/number of layers, of {layers}, that read it")

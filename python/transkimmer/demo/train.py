@@ -119,10 +119,16 @@ def _dense_model(
     saved = work / "settings.json"
     if saved.is_file() and json.loads(saved.read_text(encoding="utf-8")) == settings:
         print(f"using the dense model in {work}")
-        return AutoModelForSequenceClassification.from_pretrained(work).eval()
+        return _without_embeddings(AutoModelForSequenceClassification.from_pretrained(work)).eval()
     model = _train_dense(train, tokenizer, recipe, work)
     model.save_pretrained(work)
     saved.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    return model
+
+
+def _without_embeddings(model: PreTrainedModel) -> PreTrainedModel:
+    """To be trained: these stay as published, and need not be stored."""
+    model.base_model.embeddings.requires_grad_(False)
     return model
 
 
@@ -130,8 +136,7 @@ def _train_dense(
     train: Sequence[Example], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, work: Path
 ) -> PreTrainedModel:
     set_seed(recipe.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(backbone_folder(), num_labels=2)
-    model.base_model.embeddings.requires_grad_(False)  # as published: they need not be stored
+    model = _without_embeddings(AutoModelForSequenceClassification.from_pretrained(backbone_folder(), num_labels=2))
     arguments = TrainingArguments(
         **_common(recipe, work),
         learning_rate=recipe.dense_learning_rate,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures import layer_count
 from ..flops import EncoderShape
 from ..outputs import logits_in
 from ..records import record_skimming
@@ -71,7 +72,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     lengths, layer_lengths = [], []
-    layers = model.config.num_hidden_layers
+    layers = layer_count(model.config)
     try:
         for batch in batches:
             with record_skimming() as records:

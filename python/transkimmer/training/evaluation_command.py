@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transkimmer_kernels import KERNELS
 from transkimmer_kernels.files import write_whole
 
+from ..architectures import layer_count
 from ..arguments import MODEL as FILES
 from ..arguments import check_folder, check_outputs
 from ..bench import picture, show
@@ -268,4 +269,4 @@ def _draw(
             words, predicted = show.word_depths(model, tokenizer, example.text, example.pair, max_length)
             title = show.answer_names(predicted, example.label, kind.task.classes)
             texts.append(picture.ColouredText(words, title))
-    picture.draw(path, [text for text in texts if text.words], model.config.num_hidden_layers)
+    picture.draw(path, [text for text in texts if text.words], layer_count(model.config))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import layer_count
 from ..bench import show
 from ..records import record_skimming
 from ..windows import Question, QuestionWindows
@@ -97,7 +98,7 @@ def print_passages(
     max_length: int = 384,
 ) -> None:
     """Prints each question, its answer, the right ones and the next best, and the passage with the answer marked."""
-    layers = model.config.num_hidden_layers
+    layers = layer_count(model.config)
     console.print(show.legend(layers).append("; the model's answer is ").append("marked", style=_MARK))
     for question in questions:
         found = read_passage(model, tokenizer, kind, question, max_length)

@@ -73,16 +73,22 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Saves both to `folder` in one step, by the main process; the others wait."""
     state = PartialState()
     if state.is_main_process:
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial, former = (folder.with_name(f"{folder.name}.{what}") for what in ("partial", "former"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            if folder.exists():
-                shutil.rmtree(folder)
+            shutil.rmtree(former, ignore_errors=True)
+            if folder.exists():  # there until the other one is
+                os.replace(folder, former)
             os.replace(partial, folder)
+            shutil.rmtree(former, ignore_errors=True)
         except (OSError, SafetensorError, RuntimeError) as error:
+            if former.exists() and not folder.exists():
+                os.replace(former, folder)
             shutil.rmtree(partial, ignore_errors=True)
+            if not _is_disk_error(error):
+                raise
             raise OSError(f"{folder}: the model could not be written ({error}); go on with --resume") from error
     state.wait_for_everyone()
 
@@ -113,8 +119,12 @@ def _has_state(checkpoint: Path) -> bool:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    text = str(error).lower()
-    return any(word in text for word in ("no space", "write", "os error", "i/o error", "quota"))
+    """Whether a file could not be written, in the words of whoever wrote it: torch, safetensors."""
+    if isinstance(error, OSError):
+        return True
+    text = f"{error} {error.__context__}".lower()
+    words = ("no space", "write", "os error", "i/o error", "input/output error", "read-only", "quota", "iostream error")
+    return any(word in text for word in words)
 
 
 def _arguments(recipe: Recipe, folder: Path, skimming: bool, save_steps: int | None) -> TrainingArguments:
