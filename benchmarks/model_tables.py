@@ -14,7 +14,7 @@ HEADLINE_MODEL = "bert-base-shape"
 NOTHING = "–"
 
 # Folder of results -> instruction set of its CPU.
-INSTRUCTION_SETS = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512"}
+INSTRUCTION_SETS = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512", "cpu-avx512-zen-5": "AVX-512 (Zen 5)"}
 
 _HEADS = ("model", "lengths", "decisions", "dtype", "batch", "FLOPs ×", "wall-clock ×", "**skim efficiency**", "spread")
 _HEADS += ("× fastest of the others", "× padded HF", "roofline", "efficiency at the roofline", "difference")

@@ -22,7 +22,8 @@ from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, p
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-MACHINES = model_tables.INSTRUCTION_SETS  # folders with single runs -> what they are called
+# Folders with single runs -> what they are called.
+MACHINES = {f: name for f, name in model_tables.INSTRUCTION_SETS.items() if (RESULTS / f / "demo-fp32.json").is_file()}
 README = ROOT / "README.md"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
 COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficiency**")

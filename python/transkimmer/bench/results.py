@@ -15,7 +15,7 @@ import torch
 
 from transkimmer_kernels.files import write_whole
 
-from .environment import environment
+from .environment import environment, generation
 from .peers import PEERS, versions
 
 SCHEMA = 1
@@ -24,8 +24,11 @@ _IDENTITY = ("kind", "workload", "contender")
 
 
 def device_name(device: str) -> str:
-    """Folder of the device's results: `cpu-avx2`, `cpu-avx512`, or the GPU's name in lower case."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{torch.backends.cpu.get_cpu_capability()}"
+    """Folder of the device's results: `cpu-avx2`, `cpu-avx512-zen-5`, or the GPU's name in lower case."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"cpu-{torch.backends.cpu.get_cpu_capability()} {generation() or ''}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
