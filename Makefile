@@ -52,7 +52,8 @@ test: setup
 	  TRANSKIMMER_REQUIRE_BACKENDS=triton $(PYTEST) -k triton_cpu tests/ops tests/kernels; \
 	  TRANSKIMMER_KERNELS=triton $(PYTEST) tests/models; \
 	else echo "no Triton: its kernels were not run in the interpreter"; fi
-	TRANSKIMMER_REQUIRE_BACKENDS=$${TRANSKIMMER_REQUIRE_BACKENDS-reference,cpu} $(PYTEST)
+	TRANSKIMMER_REQUIRE_BACKENDS=$${TRANSKIMMER_REQUIRE_BACKENDS-reference,cpu$$([ ! -d build/cmake ] || echo ,emulation)} \
+	  $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

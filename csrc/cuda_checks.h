@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
-// On the device of the operator's first argument.
+// On the device that the operator runs on.
 inline void check_device(const char* name, const Tensor& tensor, int32_t device) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on CUDA device ",
                   device, " like the other arguments");

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # oneDNN compiles a kernel per row count (about 0.5 ms): row counts are rounded up to this, so that they recur. The
-# native products round up to the same (csrc/library_cpu_rows.cpp).
+# native products round up to the same (csrc/cpu_products.h).
 ROW_MULTIPLE = 8
 # Row count the packed layout is chosen for; from 16 to 880 rows it is as fast as a layout of their own (packing.py).
 _TYPICAL_ROWS = 256

@@ -27,7 +27,7 @@ class Ragged:
     | `cu_seqlens` | int32 [batch + 1]    | offsets of the sequences in `slots`; the last one is the token count |
     | `max_seqlen` | int                  | upper bound of a sequence's length, fixed for the whole forward      |
 
-    Entries of `slots` at and beyond the token count are garbage.
+    All are contiguous. Entries of `slots` at and beyond the token count are garbage.
     """
 
     hidden: Tensor
@@ -47,11 +47,12 @@ class Ragged:
     def from_padded(cls, hidden: Tensor, mask: Tensor | None, kernels: KernelSet) -> Ragged:
         """Padded states [batch, seq, d] and a mask [batch, seq], non-zero at real tokens (None: all are real).
 
-        `hidden` is viewed, not copied, where it is contiguous. Sequences may be padded on any side.
+        `hidden` is viewed where it is contiguous, so that layers write into it, else copied. Sequences may be padded on
+        any side, and between tokens.
         """
         check_tensor("hidden", hidden, dim=3)
         batch, length, width = hidden.shape
-        rows = hidden.reshape(batch * length, width)
+        rows = hidden.contiguous().view(batch * length, width)
         slots = torch.arange(batch * length, dtype=torch.int32, device=hidden.device)
         if length:
             cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=hidden.device)
@@ -59,12 +60,16 @@ class Ragged:
             cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
         if mask is not None:
             check_tensor("mask", mask, device=hidden.device, shape=(batch, length))
-            slots, cu_seqlens = kernels.compact(as_bool(mask).reshape(-1), slots, cu_seqlens, False)
+            # A mask that is a slice of another, or expanded, stays a view with strides when it is reshaped.
+            slots, cu_seqlens = kernels.compact(as_bool(mask).reshape(-1).contiguous(), slots, cu_seqlens, False)
         return cls(rows, slots, cu_seqlens, length)
 
     @classmethod
     def from_packed(cls, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Ragged:
-        """Packed states [tokens, d]; `cu_seqlens` int32 [batch + 1] must cover them all."""
+        """Packed states [tokens, d]; `cu_seqlens` int32 [batch + 1] must cover them all.
+
+        `hidden` itself becomes the batch's where it is contiguous, else a copy.
+        """
         check_tensor("hidden", hidden, dim=2)
         check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.size(0), hidden.device)
         if hidden.device.type == "cpu":
@@ -76,7 +81,8 @@ class Ragged:
                 f"max_seqlen: must be at least the longest sequence, {longest}, got {max_seqlen}",
             )
         slots = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
-        return cls(hidden, slots, cu_seqlens, hidden.size(0) if max_seqlen is None else max_seqlen)
+        longest = hidden.size(0) if max_seqlen is None else max_seqlen
+        return cls(hidden.contiguous(), slots, cu_seqlens.contiguous(), longest)
 
     def keep(self, keep: Tensor, kernels: KernelSet, *, keep_first: bool = True) -> None:
         """Shortens the list to the tokens whose `keep` (bool [capacity], by list position) is true."""

@@ -1,4 +1,4 @@
-// The CPU kernels compiled for one instruction set; see isa_table.h. Its flags are in cmake/cpu_isa.cmake.
+// The CPU kernels compiled for one instruction set; see isa_table.h. Its flags are in cmake/cpu.cmake.
 #define TRANSKIMMER_ISA avx2
 
 #include "transkimmer/cpu_kernels.h"

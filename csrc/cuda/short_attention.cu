@@ -138,7 +138,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (first == last) return;
 
   const Window window{{first, last}, arguments.cu_seqlens_q[first], arguments.cu_seqlens_k[first]};
-  const int end_query = arguments.cu_seqlens_q[last], count = arguments.cu_seqlens_k[last] - window.first_key;
+  const int end_query = arguments.cu_seqlens_q[last];
+  // More keys than fit: a sequence, the last of the tile, is longer than max_seqlen_k says, and loses some.
+  const int listed = arguments.cu_seqlens_k[last] - window.first_key;
+  const int count = listed < Tile::kKeys ? listed : Tile::kKeys;
   load_tile<T>(tile, arguments, head, window.first_key, count);
   const bool wants_importance = arguments.importance_by_head != nullptr;
   const int warp = threadIdx.x / 32;

@@ -77,6 +77,7 @@ struct Rows {
       row[i] = first_row + lane / 4 + 8 * i;
       valid[i] = row[i] < end_row;
       keys[i] = valid[i] ? keys_of_row(arguments, window, row[i]) : Range{Tile::kKeys, 0};
+      if (keys[i].end > Tile::kKeys) keys[i].end = Tile::kKeys;  // a bound that was too low
     }
     const int begin =
         __reduce_min_sync(kAllLanes, keys[0].begin < keys[1].begin ? keys[0].begin : keys[1].begin);

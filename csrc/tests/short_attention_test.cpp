@@ -89,6 +89,7 @@ struct Case {
   bool weighted, importance;
   int spare = 3;
   float scale = 0.4f;
+  int bound = -1;  // max_seqlen_k; -1: the length of the longest sequence
 };
 
 // Tensors [rows, heads, head_dim] as slices of a projection that is wider than the heads; NaN where nothing
@@ -152,7 +153,9 @@ Outputs actual(const Case& c, const Inputs<T>& in) {
   arguments.capacity_q = in.capacity_q;
   arguments.capacity_k = in.capacity_k;
   arguments.batch = static_cast<int64_t>(c.keys.size());
-  arguments.max_seqlen_k = c.keys.empty() ? 0 : *std::max_element(c.keys.begin(), c.keys.end());
+  arguments.max_seqlen_k = c.bound;
+  if (c.bound < 0 && !c.keys.empty())
+    arguments.max_seqlen_k = *std::max_element(c.keys.begin(), c.keys.end());
   arguments.heads = c.heads;
   arguments.head_dim = c.head_dim;
   arguments.scale = c.scale;
@@ -282,6 +285,39 @@ void check_isolation(std::mt19937& random) {
   }
 }
 
+// A sequence that is longer than the bound loses keys, and costs the others nothing.
+template <class T>
+void check_low_bound(std::mt19937& random) {
+  for (int head_dim : {32, 64}) {
+    for (int bound : {10, 80, 128}) {
+      const Lengths lengths{9, 20, 230, 7, 33};
+      const Case c{lengths, lengths, 2, head_dim, true, true, 3, 0.4f, bound};
+      Inputs<T> in(c, random);
+      in.v[in.at(29 + 200, 1, 3, c)] = T::round(kNaN);  // a key behind those that fit
+      const Outputs ours = actual(c, in), plain = expected(c, in);
+      const float unit = std::is_same_v<T, Fp16> ? 1.0f / 1024 : 1.0f / 128;
+      const auto within = [](const std::vector<float>& x, int64_t begin, int64_t end) {
+        return std::vector<float>(x.begin() + begin, x.begin() + end);
+      };
+      const int64_t width = c.heads * head_dim, rows = in.capacity_q;
+      const std::string what = "bound " + std::to_string(bound) + ", head_dim " + std::to_string(head_dim);
+      for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 29}, {259, in.cu_q.back()}}) {
+        expect(close(within(ours.out, begin * width, end * width),
+                     within(plain.out, begin * width, end * width), 2 * unit),
+               what + ": out of the others");
+        expect(close(within(ours.lse, rows + begin, rows + end), within(plain.lse, rows + begin, rows + end),
+                     2e-5f),
+               what + ": lse of the others");
+        expect(close(within(ours.importance, begin, end), within(plain.importance, begin, end), 5e-5f),
+               what + ": importance of the others");
+      }
+      const auto own = within(ours.out, 29 * width, 259 * width);
+      expect(std::all_of(own.begin(), own.end(), [](float x) { return std::isfinite(x); }),
+             what + ": out of the long one");
+    }
+  }
+}
+
 void check_formats() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const auto half = static_cast<uint16_t>(bits);
@@ -302,6 +338,8 @@ int main() {
   check_shapes<Bf16>(random);
   check_isolation<Fp16>(random);
   check_isolation<Bf16>(random);
+  check_low_bound<Fp16>(random);
+  check_low_bound<Bf16>(random);
   if (failures == 0) std::printf("short attention: the kernels agree with the plain loop\n");
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

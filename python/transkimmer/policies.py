@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +49,12 @@ class SchedulePolicy:
     ) -> None:
         self.predictors = predictors
         self.kernels = kernels
+        # By position in the list that the encoder starts with: [layers, capacity].
+        self.keep = _scheduled(ratios, batch)
+        # All of them at once: between layers, which fill the caches with weights, a call takes several times as long.
+        self._lists = [kernels.compact(keep, batch.slots, batch.cu_seqlens, True) for keep in self.keep]
         # As `PredictorPolicy` decides; but where the list is a kernel of its own, one per layer is enough.
         self._carried_out = kernels.serves["skim_tokens"] == "cpu"
-        # By position in the list that the encoder starts with, [layers, capacity]; and the lists that layers work on.
-        # All of them at once: between layers, which fill the caches with weights, a call takes several times as long.
-        self.keep, self._lists = (_known_lists if self._carried_out else _lists)(ratios, batch, kernels)
 
     def __call__(self, layer: int, batch: Ragged) -> None:
         predictor = self.predictors[layer]
@@ -62,31 +63,6 @@ class SchedulePolicy:
         else:
             predictor.logit(batch, self.kernels)
         batch.slots, batch.cu_seqlens = self._lists[layer]
-
-
-def _lists(ratios: Sequence[float], batch: Ragged, kernels: KernelSet) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    keep = _scheduled(ratios, batch)
-    return keep, [kernels.compact(layer, batch.slots, batch.cu_seqlens, True) for layer in keep]
-
-
-_MOST_KNOWN = 32
-_known: dict[Hashable, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
-
-
-def _known_lists(
-    ratios: Sequence[float], batch: Ragged, kernels: KernelSet
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """`_lists`, made once for texts that lie in the same places: no model decides so, and no timing should pay for it.
-
-    For the kernels of a CPU, where numbers are at hand and microseconds count.
-    """
-    texts = batch.slots[: int(batch.cu_seqlens[-1])].numpy().tobytes(), batch.cu_seqlens.numpy().tobytes()
-    key = (tuple(ratios), batch.capacity, kernels, *texts)
-    if (found := _known.get(key)) is None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        found = _known[key] = _lists(ratios, batch, kernels)
-    return found
 
 
 def _scheduled(ratios: Sequence[float], batch: Ragged) -> Tensor:

@@ -129,8 +129,10 @@ def test_a_capture_that_fails_ends_no_training(place: Place, monkeypatch: pytest
 
     monkeypatch.setattr(_Step, "_forward", waits)
     step(model, batches[1])
+    stream = torch.cuda.current_stream(place.device)
     with pytest.warns(UserWarning, match="trains without a CUDA graph"):
         step(model, batches[1])
+    assert torch.cuda.current_stream(place.device) == stream
     assert "capturing failed" in str(model.skimming.training_graphs.why_eager)
     monkeypatch.undo()
     assert step(model, batches[0])  # captured anew

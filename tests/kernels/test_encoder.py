@@ -183,6 +183,16 @@ def test_trace_lists_the_survivors(target: Target) -> None:
 
 
 @runs_encoder
+def test_states_with_strides_are_refused(target: Target) -> None:
+    """The overloads take rows to be dense, and write them."""
+    problem = Problem(target, (5, 3), torch.float32)
+    batch = Ragged.from_padded(problem.hidden.clone(), problem.real, problem.kernels)
+    batch.hidden = batch.hidden.T.contiguous().T
+    with pytest.raises(ValueError, match=r"^hidden: is written in place and must be contiguous, got \(1, 16\)"):
+        run_encoder(batch, problem.layers, HEADS, problem.kernels)
+
+
+@runs_encoder
 def test_one_layer_several_times(target: Target) -> None:
     """ALBERT: the same object at every depth."""
     problem = Problem(target, BATCHES["awkward"], torch.float32)

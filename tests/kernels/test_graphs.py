@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from transkimmer_kernels.runtime import GraphCache, GraphTooLarge
+from transkimmer_kernels.runtime import GraphCache, GraphTooLarge, graphs
 from transkimmer_kernels.runtime.graphs import ENGINES, CudaEngine, round_up
 
 from ..tape import Tape, TapeEngine
@@ -80,6 +84,160 @@ def test_a_failed_capture_leaves_nothing() -> None:
         cache.replay(1, lambda: Reading(1), torch.ones(1))
     assert len(cache) == cache.captures == 0
     assert _ask(cache, 1, 1) == [3]
+
+
+def test_a_failed_capture_takes_its_engine_along() -> None:
+    """What a device's allocator and generator are left in concerns the graphs that are held, too."""
+
+    class Fragile(TapeEngine):
+        broken = False
+
+        def record(self, run: Callable[[], dict[str, Tensor]]) -> Tape:
+            assert not self.broken
+            self.broken = True
+            tape = super().record(run)
+            self.broken = False
+            return tape
+
+        @contextmanager
+        def exclusive(self) -> Iterator[None]:
+            assert not self.broken
+            with super().exclusive():
+                yield
+
+    class Failing(Scaled):
+        def run(self) -> dict[str, Tensor]:
+            raise ValueError("fails")
+
+    engines: list[Fragile] = []
+
+    def new_engine() -> Fragile:
+        engines.append(Fragile(torch.device("cpu")))
+        return engines[-1]
+
+    cache = GraphCache(new_engine)
+    assert _ask(cache, 1, 1) == _ask(cache, 2, 1) == [3]
+    with pytest.raises(ValueError, match=r"^fails$"):
+        cache.replay(3, lambda: Failing(3), torch.ones(1))
+    assert len(cache) == cache.bytes_held == 0
+
+    class FailingAtLast(Scaled):
+        def run(self) -> dict[str, Tensor]:
+            self.uses = getattr(self, "uses", 0) + 1
+            return super().run() if self.uses <= TapeEngine.WARM_UPS else {"y": self.buffer / float(self.buffer[0])}
+
+    assert _ask(cache, 1, 1) == [3]
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        cache.replay(3, lambda: FailingAtLast(3), torch.ones(1))
+    assert engines[-1].broken and len(cache) == 0
+    assert _ask(cache, 1, 1) == _ask(cache, 3, 1) == [3]
+    assert len(engines) == 3 and len(cache) == 2
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other)
+
+
+class Generator:
+    states = 1
+
+    def clone_state(self) -> int:
+        return self.states
+
+    def graphsafe_set_state(self, state: int) -> None:
+        self.states += state
+
+
+class Cuda:
+    """What `CudaEngine` uses of torch, which does as torch does where a capture becomes invalid."""
+
+    def __init__(self) -> None:
+        self.current = self.callers = Stream()
+        self.default_generators = [Generator()]
+        self.recording: list[tuple[int, Any]] = []
+        self.released: list[tuple[int, Any]] = []
+        self.Stream, self.Event, self.CUDAGraph = Stream, object, object
+
+    def device(self, device: torch.device) -> Any:
+        return nullcontext()
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return 0, 7
+
+    def current_stream(self) -> Stream:
+        return self.current
+
+    def set_stream(self, stream: Stream) -> None:
+        self.current = stream
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, *, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        self.recording.append((0, pool))
+        yield  # what is raised leaves the stream and the pool as they are
+        self.recording.remove((0, pool))
+        self.current = before
+
+    def end_allocate(self, device: int, pool: Any) -> None:
+        if (device, pool) not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove((device, pool))
+
+    def release_pool(self, device: int, pool: Any) -> None:
+        self.released.append((device, pool))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    cuda = Cuda()
+    bindings = SimpleNamespace(_cuda_endAllocateToPool=cuda.end_allocate, _cuda_releasePool=cuda.release_pool)
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda, _C=bindings))
+    return cuda
+
+
+def _fails() -> dict[str, Tensor]:
+    raise ValueError("fails")
+
+
+def test_an_invalid_capture_leaves_neither_its_stream_nor_its_pool_behind(cuda: Cuda) -> None:
+    engine = CudaEngine(torch.device("cuda", 0))
+    assert engine.record(dict).outputs == {} and cuda.current is cuda.callers and cuda.released == []
+    with pytest.raises(ValueError, match=r"^fails$"):
+        engine.record(_fails)
+    assert cuda.current is cuda.callers
+    assert cuda.recording == [] and cuda.released == [(0, (0, 7))]
+    assert cuda.default_generators[0].states == 2, "it draws from a copy"
+
+
+def test_a_capture_that_torch_has_ended_is_not_ended_again(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "graph", lambda *args, **kwargs: nullcontext())
+    with pytest.raises(ValueError, match=r"^fails$"):
+        CudaEngine(torch.device("cuda", 0)).record(_fails)
+    assert cuda.current is cuda.callers and cuda.released == []
+
+
+def test_the_caller_waits_for_a_warm_up_that_fails(cuda: Cuda) -> None:
+    engine, streams = CudaEngine(torch.device("cuda", 0)), []
+
+    def run() -> dict[str, Tensor]:
+        streams.append(cuda.current)
+        return _fails()
+
+    with pytest.raises(ValueError, match=r"^fails$"):
+        engine.warm_up(run)
+    assert cuda.current is cuda.callers and cuda.callers.waited_for == streams
 
 
 def test_threads_take_turns() -> None:

@@ -51,6 +51,26 @@ def test_from_padded(kernels: KernelSet, padding: str, mask_dtype: torch.dtype) 
     assert torch.equal(batch.hidden, hidden.view(12, 6))
 
 
+@pytest.mark.parametrize("layout", ["slice", "sequence-first", "expanded"])
+def test_from_padded_takes_views_by_value(kernels: KernelSet, layout: str) -> None:
+    """A mask or states with strides: kernels read and write dense ones."""
+    hidden = torch.randn(3, 4, 6, device=kernels.device_type)
+    mask = torch.tensor(MASKS["holes"], dtype=torch.bool, device=hidden.device)
+    expected = [[0, 2, 3], [5, 7], [9, 10]]
+    if layout == "slice":
+        states, flags = torch.cat([hidden, hidden.neg()], 2)[..., :6], torch.stack([mask, ~mask], 2)[..., 0]
+    elif layout == "sequence-first":
+        states, flags = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (hidden, mask))
+    else:
+        states, hidden = hidden[:1].expand(3, -1, -1), hidden[:1].repeat(3, 1, 1)
+        flags = torch.ones(1, 1, dtype=torch.bool, device=hidden.device).expand(3, 4)
+        expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    batch = Ragged.from_padded(states, flags, kernels)
+    assert not states.is_contiguous() and not flags.is_contiguous()
+    assert listed(batch) == expected
+    assert batch.hidden.is_contiguous() and torch.equal(batch.hidden, hidden.view(12, 6))
+
+
 def test_from_padded_without_mask(kernels: KernelSet) -> None:
     batch = Ragged.from_padded(torch.randn(2, 3, 4, device=kernels.device_type), None, kernels)
     assert listed(batch) == [[0, 1, 2], [3, 4, 5]]
@@ -80,6 +100,14 @@ def test_from_packed() -> None:
     assert batch.hidden is hidden
     assert batch.max_seqlen >= 4
     assert Ragged.from_packed(hidden, offsets((2, 0, 4)), max_seqlen=5).max_seqlen == 5
+
+
+def test_from_packed_takes_views_by_value() -> None:
+    hidden, cu_seqlens = torch.randn(6, 8), offsets((2, 0, 4))
+    batch = Ragged.from_packed(hidden[:, 2:6], torch.stack([cu_seqlens, -cu_seqlens], 1)[:, 0])
+    assert listed(batch) == [[0, 1], [], [2, 3, 4, 5]]
+    assert batch.hidden.is_contiguous() and batch.cu_seqlens.is_contiguous()
+    assert torch.equal(batch.hidden, hidden[:, 2:6])
 
 
 @pytest.mark.parametrize(

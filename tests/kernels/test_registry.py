@@ -11,7 +11,7 @@ from transkimmer_kernels import KERNELS, BackendUnavailable, KernelSet, registry
 from transkimmer_kernels.library import BACKENDS, OPERATORS
 from transkimmer_kernels.registry import select_backend, table, why_not
 
-from ..target import Target, required_backends, skip
+from ..target import EMULATION, Target, required_backends, skip
 
 
 @pytest.fixture
@@ -138,6 +138,9 @@ def test_required_backend_fails_instead_of_skipping(monkeypatch: pytest.MonkeyPa
         skip("cpu", "the library is missing")
     with pytest.raises(pytest.skip.Exception, match="triton: the library is missing"):
         skip("triton", "the library is missing")
+    monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "cpu,emulation")
+    with pytest.raises(pytest.fail.Exception, match=r"emulation is required .* it is not built"):
+        skip(EMULATION, "it is not built")
     monkeypatch.setenv("TRANSKIMMER_REQUIRE_BACKENDS", "cpus")
     with pytest.raises(pytest.UsageError, match=r"unknown \['cpus'\]"):
         required_backends()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from transkimmer_kernels import triton_support
+from transkimmer_kernels import aot, triton_support
 from transkimmer_kernels.library import OPERATORS
 
 from ..ops import cases
@@ -88,6 +88,7 @@ def test_one_compiled_kernel_serves_every_batch(operator: str, keys: Keys) -> No
         _launch(operator, lengths, 16)
     first = {kernel: set(found) for kernel, found in keys.items()}
     assert first
+    assert set(first) <= {entry.kernel.__name__ for _, entry in aot.kernels()}, "not compiled ahead of time"
     for lengths in BATCHES[2:]:
         for spare in (0, 5, 16):
             _launch(operator, lengths, spare)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import transkimmer_kernels as tk
 from transkimmer_kernels import BackendUnavailable
+from transkimmer_kernels.library import OPERATORS
 
 from ..target import Target
-from . import cases
+from . import cases, oracle
 from .cases import Kwargs, Source
 from .operators import SPECS, clone
 
@@ -197,6 +198,39 @@ def test_written_tensor_must_be_contiguous(target: Target, operator: str) -> Non
     _refused(target, operator, kwargs, "^hidden: is written in place and must be contiguous")
 
 
+@pytest.mark.operators("ragged_linear_norm_")
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_operand_in_the_memory_that_is_written(target: Target, name: str) -> None:
+    """Rows would be read before or after they are written, as it happens; parts that lie apart will do."""
+    build = cases.ragged_linear_norm_
+    kwargs = build(Source(torch.float32, target.device), LENGTHS, width=8, out=8)
+    capacity, rows = kwargs["x"].size(0), kwargs["hidden"].size(0)
+    memory = torch.randn(rows + capacity, 8, device=target.device)
+    kwargs[name] = memory[rows:]
+    expected = target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": memory[:rows].clone()})
+    for begin in (rows - 1, 0):
+        with pytest.raises(ValueError, match=f"^{name}: shares memory with hidden, which is written"):
+            tk.ragged_linear_norm_(
+                **{**kwargs, "hidden": memory[:rows], name: memory[begin : begin + capacity]}, kernels=target.backend
+            )
+    listed = kwargs["slots"][:5].long()
+    assert torch.equal(
+        target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": memory[:rows]})[listed], expected[listed]
+    )
+
+
+@pytest.mark.parametrize("operator", [name for name in CASES if any(x in LISTS + OFFSETS for x in _tensors(name))])
+def test_lists_may_be_views_with_strides(target: Target, operator: str) -> None:
+    target.require(operator)
+    function = SPECS[operator].function
+    kwargs = getattr(cases, operator)(Source(torch.float32, target.device), LENGTHS, **CASES[operator])
+    views = {name: torch.stack([x, x + 9], 1)[:, 0] for name, x in kwargs.items() if name in LISTS + OFFSETS}
+    assert views and not any(x.is_contiguous() for x in views.values())
+    expected = oracle.valid(operator, kwargs, target.call(function, **clone(kwargs)))
+    actual = oracle.valid(operator, kwargs, target.call(function, **clone(kwargs | views)))
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("operator", CASES)
 def test_unknown_kernels(operator: str) -> None:
     with pytest.raises(ValueError, match=r"^kernels='fastest': must be one of auto, reference, cpu, triton, cuda"):
@@ -242,6 +276,23 @@ def test_nan_stays_in_its_row(target: Target, operator: str) -> None:
 def test_generous_max_seqlen_changes_nothing(target: Target) -> None:
     kwargs = cases.ragged_attention(Source(torch.float32, target.device), (17, 65))
     expected, _, _ = target.call(tk.ragged_attention, **kwargs)
-    kwargs |= {"max_seqlen_q": 10_000, "max_seqlen_k": 2**31}
-    actual, _, _ = target.call(tk.ragged_attention, **kwargs)
-    assert torch.equal(actual[:82], expected[:82])
+    for longest in (10_000, 2**31 - 1, 2**31):
+        kwargs |= {"max_seqlen_q": longest, "max_seqlen_k": 2**31}
+        actual, _, _ = target.call(tk.ragged_attention, **kwargs)
+        assert torch.equal(actual[:82], expected[:82])
+
+
+@pytest.mark.operators("ragged_attention", "ragged_attention_backward")
+def test_more_tiles_than_a_launch_takes(target: Target) -> None:
+    """Many empty sequences with a bound that is far too high: an error, not a count that wraps around."""
+    if target.backend not in ("triton", "cuda"):
+        pytest.skip(f"{target}: its work is by tokens, not by tiles of the longest sequence")
+    rows, batch = 2**17, 2**20  # with 64 rows to a tile, 2^31 tiles
+    x = torch.zeros(1, 1, 16, device=target.device).expand(rows, -1, -1)
+    heads, lse = (x,) * 3, torch.zeros(1, rows, device=target.device)
+    shape = (torch.zeros(batch + 1, dtype=torch.int32, device=target.device),) * 2 + (rows, rows)
+    message = f"max_seqlen_.: {rows} rows in each sequence of a batch of {batch} make \\d+ tiles"
+    with pytest.raises(ValueError, match=message):
+        OPERATORS["ragged_attention"].overload(target.backend)(*heads, *shape, 1.0, None, True)
+    with pytest.raises(ValueError, match=message):
+        OPERATORS["ragged_attention_backward"].overload(target.backend)(x, *heads, x, lse, *shape, 1.0, None)

@@ -91,14 +91,16 @@ def test_backward(target: Target, case: Case, dtype: torch.dtype) -> None:
             assert_close_as_torch(ours, truth[name], yardstick[name], GRADIENT, f"gradient of {name}", terms.get(name))
 
 
-def test_what_nobody_wrote_is_seen() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_nobody_wrote_is_seen(device: str) -> None:
     """The other tests rest on it, in PyTorch's allocations and in those of native code."""
-    with poisoned_allocations("cpu"):
-        assert torch.empty(3).isnan().all()
-        if (reason := why_not(OPERATORS["compact"], "cpu")) is not None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    with poisoned_allocations(device):
+        assert torch.empty(3, device=device).isnan().all()
+        if (reason := why_not(OPERATORS["compact"], device)) is not None:
             pytest.skip(reason)
-        offsets = torch.tensor([0, 4], dtype=torch.int32)
-        slots, _ = OPERATORS["compact"].overload("cpu")(
-            torch.zeros(4, dtype=torch.bool), torch.arange(4, dtype=torch.int32), offsets, False
-        )
+        keep = torch.zeros(4, dtype=torch.bool, device=device)
+        slots, offsets = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 2, 3], [0, 4]))
+        slots, _ = OPERATORS["compact"].overload(device)(keep, slots, offsets, False)
         assert (slots[1:] == torch.iinfo(torch.int32).max).all()  # the first place is written and does not count

@@ -41,6 +41,15 @@ def test_an_id_out_of_range_is_refused_or_spoils_its_own_row(target: Target, nam
     torch.testing.assert_close(out, clean)
 
 
+@pytest.mark.parametrize("name", ["word_weight", "position_weight", "type_weight", "norm_weight", "norm_bias"])
+def test_a_gradient_is_refused(target: Target, name: str) -> None:
+    kwargs = _kwargs(target)
+    kwargs[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^embed_tokens: not differentiable; use PyTorch's .*, or no_grad$"):
+        tk.embed_tokens(**kwargs, kernels=target.backend)
+    assert not target.call(tk.embed_tokens, **kwargs).requires_grad
+
+
 def test_views_are_taken_by_value(target: Target) -> None:
     """Ids cut out of a longer buffer, one row repeated for all, and a table that is every other row of another."""
     kwargs = _kwargs(target)

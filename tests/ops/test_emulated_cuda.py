@@ -19,6 +19,7 @@ from torch import Tensor
 from transkimmer_kernels.ops.ragged_attention.cuda import is_short
 from transkimmer_kernels.ops.skim_logit.cuda import fits
 
+from ..target import EMULATION, skip
 from . import cases, oracle
 from .cases import Kwargs, Source
 from .closeness import assert_close_as_torch
@@ -51,7 +52,7 @@ SkimLogit = _arguments(
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     if not LIBRARY.is_file():
-        pytest.skip("csrc/tests/emulated is not built; make test does that")
+        skip(EMULATION, "csrc/tests/emulated is not built; make test does that")
     return ctypes.CDLL(str(LIBRARY))
 
 

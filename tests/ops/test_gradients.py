@@ -118,6 +118,21 @@ def test_keep_gradient_agrees_with_reference(target: Target) -> None:
     assert bool((kwargs["keep"][:123] == 0).any())
 
 
+@pytest.mark.parametrize("operator", ["gather_rows", "skim_logit", "ragged_linear", "ragged_linear_norm"])
+def test_gradients_of_no_rows_at_all(target: Target, operator: str) -> None:
+    """A list with room in it, over nothing: there is no row that its garbage could point at."""
+    spec = SPECS[operator]
+    target.require(operator, *spec.backward)
+    source = Source(torch.float32, target.device, unlisted=0)
+    kwargs = getattr(cases, operator)(source, (0, 0), **SMALL[operator][0])
+    names = spec.present_leaves(kwargs)
+    kwargs |= {name: kwargs[name].detach().requires_grad_() for name in names}
+    y = spec.function(**kwargs, kernels=target.backend)
+    assert y.size(0) == source.spare
+    for name, grad in zip(names, torch.autograd.grad(y, [kwargs[name] for name in names], y * torch.nan), strict=True):
+        assert grad.shape == kwargs[name].shape and grad.count_nonzero() == 0, name
+
+
 @pytest.mark.operators("ragged_attention")
 def test_gradient_of_a_read_out_is_refused(target: Target) -> None:
     for index in (1, 2):
@@ -137,3 +152,18 @@ def test_in_place_operator_refuses_to_be_differentiated(target: Target, leaf: st
         tk.ragged_linear_norm_(**kwargs, kernels=target.backend)
     with torch.no_grad():
         tk.ragged_linear_norm_(**kwargs, kernels=target.backend)
+
+
+@pytest.mark.parametrize("operator", ["ragged_linear_norm_", "encoder_layer_"])
+def test_autograd_sees_what_is_written(target: Target, operator: str) -> None:
+    """A product that needs the rows as they were says so, instead of giving a gradient of others."""
+    target.require(operator)
+    options = {"ragged_linear_norm_": {"width": 8, "out": 8}, "encoder_layer_": {"width": 8, "heads": 1, "ff": 8}}
+    kwargs = getattr(cases, operator)(Source(torch.float32, target.device), (3, 2), **options[operator])
+    factor = torch.ones(8, device=target.device, requires_grad=True)
+    y = kwargs["hidden"] * factor
+    SPECS[operator].function(**kwargs, kernels=target.backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        SPECS[operator].function(**kwargs | {"hidden": kwargs["hidden"].clone()}, kernels=target.backend)

@@ -91,6 +91,24 @@ def test_fakes_in_16_bits(target: Target, operator: str, options: dict[str, Any]
     torch.library.opcheck(overload, ran.arguments(operator), test_utils=SCHEMA)
 
 
+@pytest.mark.parametrize("operator", ["add_norm", "add_norm_backward", "choose_rows", "choose_rows_backward"])
+def test_results_are_dense_whatever_the_operands(target: Target, operator: str) -> None:
+    target.require(operator)
+    x, y, grad = (torch.randn(6, 4, device=target.device).T for _ in range(3))
+    weight, bias, keep = (torch.ones(size, device=target.device) for size in (6, 6, 4))
+    statistics = torch.ones(2, 4, device=target.device)
+    raw = {
+        "add_norm": (x, y, weight, bias, 1e-5),
+        "add_norm_backward": (grad, x, statistics, weight),
+        "choose_rows": (keep, x, y),
+        "choose_rows_backward": (grad, keep, x, y, True),
+    }[operator]
+    overload = OPERATORS[operator].overload(target.backend)
+    torch.library.opcheck(overload, raw, test_utils=SCHEMA)
+    results = overload(*raw)
+    assert all(r.is_contiguous() for r in (results if isinstance(results, tuple) else (results,)))
+
+
 @pytest.mark.parametrize("options", ARGUMENTS["ragged_attention"], ids=str)
 def test_attention_ahead_of_time(target: Target, options: dict[str, Any]) -> None:
     """opcheck differentiates all outputs, which this operator refuses; so its AOT path is checked on `out` alone."""

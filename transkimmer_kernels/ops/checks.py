@@ -51,8 +51,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int, device: torch.device) -> None:
     """`cu_seqlens`: int32 [batch + 1], from 0, non-decreasing, at most `capacity`.
 
-    The values are looked at only on a CPU tensor: on a GPU that would stop the stream, and kernels there treat a bad
-    offset as their contract says.
+    The values are looked at only on a CPU tensor: on a GPU that would stop the stream, and what kernels there make of a
+    bad offset is undefined.
     """
     check_tensor(name, cu_seqlens, dim=1, dtype=torch.int32, device=device)
     require(cu_seqlens.numel() >= 1, f"{name}: expected batch + 1 >= 1 entries, got an empty tensor")
@@ -89,3 +89,20 @@ def check_rows(name: str, numbers: Tensor, rows: int) -> None:
     if numbers.device.type == "cpu" and numbers.numel():
         low, high = int(numbers.min()), int(numbers.max())
         require(low >= 0 and high < rows, f"{name}: must lie in [0, {rows}), got values from {low} to {high}")
+
+
+def refuse_gradients(operator: str, instead: str, *tensors: Tensor | None) -> None:
+    """RuntimeError where a gradient would be wanted of an operator that has none: it would be missing silently."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{operator}: not differentiable; {instead}, or no_grad")
+
+
+def check_apart(name: str, tensor: Tensor, written: Tensor) -> None:
+    """No element of `tensor` is one of `hidden`, which is `written` while others are read; both are contiguous."""
+    if torch.compiler.is_compiling() or tensor.untyped_storage()._cdata != written.untyped_storage()._cdata:
+        return
+    begin, other = tensor.storage_offset(), written.storage_offset()
+    require(
+        begin >= other + written.numel() or other >= begin + tensor.numel(),
+        f"{name}: shares memory with hidden, which is written while it is read; pass a copy",
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops.checks import require
 from ..ops.encoder_layer.compose import compose_layer_
 from ..ragged import Ragged
 from ..registry import KernelSet
@@ -99,13 +100,15 @@ def run_encoder(
     """Runs the layers over `batch.hidden`, in place; a token's row keeps the state in which it was skimmed.
 
     Args:
-        batch: on return, the list holds the survivors of the last layer.
+        batch: its `hidden` contiguous; on return, the list holds the survivors of the last layer.
         layers: in order; one object may stand several times (ALBERT).
         num_heads: attention heads of every layer.
         kernels: the operators to run on.
         policy: decides before each layer who goes on.
         trace: filled with the survivors of every layer.
     """
+    hidden = batch.hidden  # the overloads that are called below do not look
+    require(hidden.is_contiguous(), f"hidden: is written in place and must be contiguous, got {hidden.stride()}")
     for index, layer in enumerate(layers):
         if policy is not None:
             policy(index, batch)

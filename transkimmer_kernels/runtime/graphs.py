@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,8 @@ class Engine(Protocol):
     def warm_up(self, run: Callable[[], object]) -> None:
         """Runs the function where it will be recorded, so that nothing is compiled or made for the first time there."""
 
-    def record(self, run: Callable[[], Tensors]) -> Captured: ...
+    def record(self, run: Callable[[], Tensors]) -> Captured:
+        """Where it raises, the engine and all that it recorded are to be dropped."""
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Work enqueued inside comes after that of earlier blocks, whatever stream and thread they were on."""
@@ -81,23 +82,27 @@ class CudaEngine:
             # On the stream that is captured: the workspace of a cuBLAS handle belongs to a stream, and must not be
             # made while its allocations go to the pool.
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UPS):
-                    run()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(self.WARM_UPS):
+                        run()
+            finally:  # what ran before an error reads buffers that are then freed
+                torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], Tensors]) -> Captured:
         with torch.cuda.device(self.device):
-            graph, stream = torch.cuda.CUDAGraph(), self._stream
-            stream.wait_stream(torch.cuda.current_stream())
+            graph, stream, callers = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
+            stream.wait_stream(callers)
             try:
                 # Other threads may allocate and launch meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = run()
             except BaseException:
-                _end_capturing(self.device)
+                # torch ends a capture before it goes back, and of one that is invalid it only raises.
+                torch.cuda.set_stream(callers)
+                _end_capturing(self.device, self._pool)
                 raise
-            torch.cuda.current_stream().wait_stream(stream)
+            callers.wait_stream(stream)
         return _CudaGraph(graph, outputs)
 
     @contextmanager
@@ -117,13 +122,20 @@ class CudaEngine:
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
 
 
-def _end_capturing(device: torch.device) -> None:
-    """After a capture that failed the generator still takes itself for captured, and would draw nothing any more.
+def _end_capturing(device: torch.device, pool: Any) -> None:
+    """Puts right what torch leaves behind where a capture fails. The pool is not to be used any more.
 
-    A copy of its state does not; graphs that were recorded with the old one and draw cannot be replayed any more.
+    The generator still takes itself for captured, and would draw nothing; a copy of its state does not. Graphs that
+    were recorded with the old one and draw cannot be replayed any more. And the allocator still takes the pool for one
+    that is recorded to: it would put off freeing what other streams have used, and never free the pool.
     """
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
+    if hasattr(torch._C, "_cuda_endAllocateToPool") and hasattr(torch._C, "_cuda_releasePool"):
+        with suppress(RuntimeError):  # nothing is recorded to it: the capture itself had ended well
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
 
 
 @dataclass
@@ -146,7 +158,7 @@ class GraphTooLarge(RuntimeError):
 class GraphCache:
     """The graphs used last, bounded in number and in bytes.
 
-    Safe to use from several threads and streams: they take turns.
+    Safe to use from several threads and streams: they take turns. A capture that fails makes all graphs go.
 
     Args:
         new_engine: makes the engine when the first graph is captured, and whenever the memory is given back.
@@ -200,11 +212,16 @@ class GraphCache:
                 self._held.popitem(last=False)
         if self._engine is None:
             self._engine = self._new_engine()
-        with self._engine.exclusive():
-            call = make()
-            call.load(request)
-            self._engine.warm_up(call.run)
-            captured = self._engine.record(call.run)
+        try:
+            with self._engine.exclusive():
+                call = make()
+                call.load(request)
+                self._engine.warm_up(call.run)
+                captured = self._engine.record(call.run)
+        except BaseException:
+            # An engine that failed may not record again, nor replay what draws; and memory may be what was missing.
+            self.clear()
+            raise
         self.captures += 1
         self._held[key] = (call, captured)
         if (taken := self.bytes_held) <= self.max_bytes:

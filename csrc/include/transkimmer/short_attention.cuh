@@ -25,8 +25,9 @@ struct ShortAttentionArguments {
   float* importance_by_head;    // [heads, capacity_k], workspace; null where no importance is asked for
   float* importance;            // [capacity_k]; null with the workspace
   int64_t capacity_q, capacity_k, batch;
-  int64_t max_seqlen_k;  // bound of a sequence's keys, at most kLongestShortSequence
-  int heads, head_dim;   // at most 65535 heads of 32 or 64
+  // Bound of a sequence's keys, at most kLongestShortSequence; a sequence that has more may lose some.
+  int64_t max_seqlen_k;
+  int heads, head_dim;  // at most 65535 heads of 32 or 64
   float scale;
 };
 

@@ -18,22 +18,17 @@ def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Means and deviations are kept in fp32, or in fp64 for an fp64 oracle."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = sum_dtype(x, residual)
     total = x.new_empty(x.shape if residual is not None else (0, x.size(1)), dtype=dtype)
     y = x.new_empty(x.shape, dtype=torch.promote_types(dtype, weight.dtype))
-    return y, total, x.new_empty((2, x.size(0)), dtype=statistics_dtype(dtype))
+    return y, total, x.new_empty((2, x.size(0)), dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _fake_backward(grad: Tensor, total: Tensor, statistics: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...library import implement
-from . import statistics_dtype, sum_dtype
+from . import sum_dtype
 
 
 @implement("add_norm", "reference")
@@ -12,8 +12,8 @@ def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = sum_dtype(x, residual)
-    total = x if residual is None else x + residual
-    wide = statistics_dtype(dtype)
+    total = (x if residual is None else x + residual).contiguous()
+    wide = torch.promote_types(dtype, torch.float32)
     y, mean, scale = torch.native_layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
     statistics = torch.stack([mean, scale]).view(2, x.size(0))
     kept = total if residual is not None else x.new_empty((0, x.size(1)))

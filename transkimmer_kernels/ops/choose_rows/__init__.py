@@ -20,7 +20,8 @@ def _fake(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
 def _fake_backward(
     grad: Tensor, keep: Tensor, hidden: Tensor, final: Tensor, of_keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return keep.new_empty(keep.size(0) if of_keep else 0), torch.empty_like(grad), torch.empty_like(grad)
+    of_rows = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+    return keep.new_empty(keep.size(0) if of_keep else 0), *of_rows
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,7 +65,7 @@ def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor, *, kernels: str = "
     """
     check_tensor("hidden", hidden, dim=2, dtype=FLOATS)
     check_tensor("final", final, dtype=hidden.dtype, device=hidden.device, shape=tuple(hidden.shape))
-    weights = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    weights = torch.promote_types(hidden.dtype, torch.float32)
     check_tensor("keep", keep, dtype=weights, device=hidden.device, shape=(hidden.size(0),))
     chosen: Tensor = select("choose_rows", kernels, hidden.device, hidden.dtype)(keep, hidden, final)
     return chosen

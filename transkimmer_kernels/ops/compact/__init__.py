@@ -37,4 +37,5 @@ def compact(
     """
     check_tensor("keep", keep, dtype=torch.bool, device=slots.device, shape=(slots.numel(),))
     check_slots("slots", slots, cu_seqlens, torch.iinfo(torch.int32).max)
-    return select("compact", kernels, slots.device)(keep.contiguous(), slots.contiguous(), cu_seqlens, keep_first)
+    run = select("compact", kernels, slots.device)
+    return run(keep.contiguous(), slots.contiguous(), cu_seqlens.contiguous(), keep_first)

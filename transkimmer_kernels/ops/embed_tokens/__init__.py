@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_rows, check_tensor, require
+from ..checks import FLOATS, check_rows, check_tensor, refuse_gradients, require
 
 _IDS = (torch.int64, torch.int32)
 
@@ -47,7 +47,8 @@ def embed_tokens(
         position_ids: int64 or int32 [batch, seq], or [1, seq] for every sequence; None: 0, 1, ... seq - 1.
         token_type_ids: likewise; None: type 0.
         word_weight: [vocabulary, d]; position_weight: [positions, d]; type_weight: [types, d], or None where the model
-            knows no types. fp32, bf16 or fp16, the same in all; sums and LayerNorm are fp32.
+            knows no types. fp32, bf16 or fp16, the same in all (fp64 on `reference`). Sums and LayerNorm are fp32; on
+            `reference`, as in PyTorch, sums are in the weights' dtype.
         norm_weight, norm_bias: [d].
         eps: of the LayerNorm.
         kernels: backend, see `registry`.
@@ -80,6 +81,8 @@ def embed_tokens(
             sizes = f"1 or {input_ids.size(0)}"
             require(ids.size(0) in (1, input_ids.size(0)), f"{name}: expected {sizes} rows, got {list(ids.shape)}")
             check_rows(name, ids, table.size(0))
+    weights = (word_weight, position_weight, type_weight, norm_weight, norm_bias)
+    refuse_gradients("embed_tokens", "use PyTorch's embeddings and LayerNorm", *weights)
     run = select("embed_tokens", kernels, device, dtype)
     given = (input_ids, position_ids, token_type_ids)
-    return run(*given, word_weight, position_weight, type_weight, norm_weight, norm_bias, eps)
+    return run(*given, *weights, eps)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_max_seqlen, check_slots, check_tensor, require
+from ..checks import FLOATS, check_max_seqlen, check_slots, check_tensor, refuse_gradients, require
 from ..counting import pair_count, product_flops, row_count, sequence_count
 from ..ragged_linear import ACTIVATIONS
 
@@ -140,12 +140,11 @@ def encoder_layer_(
         f"num_heads: must divide the width of hidden, {width}, got {num_heads}",
     )
     tensors = (hidden, *(t for m in matrices.values() for t in m[:2]), *norms.values())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError("encoder_layer_: not differentiable; train on the single operators, or use no_grad")
+    refuse_gradients("encoder_layer_", "train on the single operators", *tensors)
     select("encoder_layer_", kernels, hidden.device, hidden.dtype)(
         hidden,
         slots.contiguous(),
-        cu_seqlens,
+        cu_seqlens.contiguous(),
         max_seqlen,
         num_heads,
         qkv_weight,
@@ -166,4 +165,5 @@ def encoder_layer_(
         norm2_eps,
         activation,
     )
+    torch.autograd.graph.increment_version(hidden)  # autograd knows of a write by an operator of ours only so
     return hidden

@@ -26,7 +26,7 @@ def _fake(
     keep: Tensor | None,
     return_importance: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    precision = statistics_dtype(q)
+    precision = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((q.size(1), q.size(0)), dtype=precision)
     return out, lse, q.new_empty((k.size(0) if return_importance else 0,), dtype=precision)
@@ -79,11 +79,6 @@ def _flops_backward(
     """Five products: the scores once more, and the gradients of P, of the queries, of the keys and of the values."""
     pairs = pair_count(cu_seqlens_q, cu_seqlens_k, q.size(0), rest[1])
     return 5 * 2 * pairs * q.size(1) * q.size(2)
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Softmax statistics are kept in fp32, or in fp64 for an fp64 oracle."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -153,7 +148,8 @@ def ragged_attention(
 
     Args:
         q: [capacity_q, heads, head_dim], fp32, bf16 or fp16 (fp64 on `reference`); views with a contiguous last
-            dimension (slices of one fused projection) are taken as they are.
+            dimension (slices of one fused projection) are taken as they are. `triton` and `cuda` refuse a head_dim
+            above 128.
         k, v: [capacity_k, heads, head_dim], like `q`.
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1]; rows at and beyond the last offset are ignored.
         max_seqlen_q, max_seqlen_k: upper bounds of the sequence lengths; never read back from the device.
@@ -181,9 +177,11 @@ def ragged_attention(
     check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     if keep is not None:
-        check_tensor("keep", keep, dtype=statistics_dtype(q), device=q.device, shape=(k.size(0),))
+        precision = torch.promote_types(q.dtype, torch.float32)
+        check_tensor("keep", keep, dtype=precision, device=q.device, shape=(k.size(0),))
         keep = keep.contiguous()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.size(2) ** -0.5 if scale is None else float(scale)
     run = select("ragged_attention", kernels, q.device, q.dtype)
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, keep, return_importance)
+    offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    return run(q, k, v, *offsets, max_seqlen_q, max_seqlen_k, scale, keep, return_importance)

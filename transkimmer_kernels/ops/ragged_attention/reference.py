@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ...library import implement
-from . import statistics_dtype
 
 # A skimmed key stands outside the normaliser, so exp(S - lse) may exceed 1 without bound.
 MAX_EXPONENT = 80.0
@@ -28,7 +27,7 @@ def ragged_attention(
     keep: Tensor | None,
     return_importance: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    precision = statistics_dtype(q)
+    precision = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((q.size(1), q.size(0)), -torch.inf, dtype=precision)
     importance = q.new_zeros((k.size(0) if return_importance else 0,), dtype=precision)
@@ -61,7 +60,7 @@ def ragged_attention_backward(
     scale: float,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    precision = statistics_dtype(q)
+    precision = torch.promote_types(q.dtype, torch.float32)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grad_keep = lse.new_zeros((0,)) if keep is None else torch.zeros_like(keep)
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):

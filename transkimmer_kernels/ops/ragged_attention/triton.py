@@ -15,6 +15,7 @@ from ... import triton_support
 from ...library import implement
 from ...triton_blocks import multiprocessors
 from ...triton_support import Specialisation
+from ..checks import require
 from .tiling import TUNABLE, Tiling
 from .triton_backward import grad_keys_kernel, grad_queries_kernel
 from .triton_forward import attention_kernel, importance_kernel
@@ -25,6 +26,17 @@ _LOG2_E = 1.4426950408889634
 @functools.cache
 def _block_constants(heads: int, head_dim: int) -> dict[str, Any]:
     return {"HEADS": heads, "HEAD_DIM": head_dim, "BD": max(16, triton.next_power_of_2(head_dim))}
+
+
+def _grid(side: str, max_seqlen: int, batch: int, rows: int, heads: int) -> tuple[int, int]:
+    """(sequence, tile of `rows` rows) x head."""
+    tiles = batch * triton.cdiv(max_seqlen, rows)
+    require(
+        tiles < 2**31,
+        f"max_seqlen_{side}: {max_seqlen} rows in each sequence of a batch of {batch} make {tiles} tiles, and a launch "
+        "takes fewer than 2^31; pass a tighter bound, or a part of the batch",
+    )
+    return tiles, heads
 
 
 def _strides(*operands: Tensor) -> tuple[int, ...]:
@@ -51,6 +63,8 @@ def ragged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((heads, capacity_q), dtype=torch.float32)
     block_q, block_k = tiling.aligned
+    # No sequence is longer than its list. A bound near 2^31 would wrap around in a kernel.
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, capacity_q), min(max_seqlen_k, capacity_k)
     # Whole rows of P are then at hand where they are made.
     at_once = return_importance and max_seqlen_q <= block_q and max_seqlen_k <= block_k
     partial = q.new_empty((heads if return_importance else 0, capacity_k), dtype=torch.float32)
@@ -66,7 +80,7 @@ def ragged_attention(
                 **tiling.forward_options(),
             )
         if return_importance and not at_once and batch and max_seqlen_k:
-            importance_kernel[(batch * triton.cdiv(max_seqlen_k, tiling.own), heads)](
+            importance_kernel[_grid("k", max_seqlen_k, batch, tiling.own, heads)](
                 *(q, k, keep, lse, partial, cu_seqlens_q, cu_seqlens_k, max_seqlen_k),
                 *(*_strides(q, k), capacity_q, capacity_k, scale * _LOG2_E),
                 **constants,
@@ -99,16 +113,17 @@ def ragged_attention_backward(
     grad_keep = None if keep is None else lse.new_zeros((heads, capacity_k))
     tiling, constants = TUNABLE.config(q.device, q.dtype, head_dim), _block_constants(heads, head_dim)
     strides = _strides(q, k, v)
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, capacity_q), min(max_seqlen_k, capacity_k)
     with torch.cuda.device_of(q):
         if batch and max_seqlen_q:
-            grad_queries_kernel[(batch * triton.cdiv(max_seqlen_q, tiling.own), heads)](
+            grad_queries_kernel[_grid("q", max_seqlen_q, batch, tiling.own, heads)](
                 *(grad_out, q, k, v, keep, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k),
                 *(max_seqlen_q, *strides, capacity_q, scale),
                 **constants,
                 **tiling.backward_options("BM", "BN"),
             )
         if batch and max_seqlen_k:
-            grad_keys_kernel[(batch * triton.cdiv(max_seqlen_k, tiling.own), heads)](
+            grad_keys_kernel[_grid("k", max_seqlen_k, batch, tiling.own, heads)](
                 *(grad_out, q, k, v, keep, lse, delta, grad_k, grad_v, grad_keep, cu_seqlens_q, cu_seqlens_k),
                 *(max_seqlen_k, *strides, capacity_q, capacity_k, scale),
                 **constants,

@@ -135,9 +135,12 @@ def _aligned_tile(
     stride_q, stride_k, stride_v, capacity_q, capacity_k, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Up to BM queries of one sequence; with importance all of them, and all keys, which then fit one block."""
-    sequence = tile // tl.cdiv(max_seqlen_q, BM)
-    first = tl.load(p_cu_seqlens_q + sequence) + tile % tl.cdiv(max_seqlen_q, BM) * BM
+    """Up to BM queries of one sequence; with importance all of them, and all keys, which then fit one block.
+
+    tile: int64, since a bound on lengths that is too high makes more tiles than there are tokens.
+    """
+    sequence = (tile // tl.cdiv(max_seqlen_q, BM)).to(tl.int32)
+    first = tl.load(p_cu_seqlens_q + sequence) + (tile % tl.cdiv(max_seqlen_q, BM)).to(tl.int32) * BM
     end = tl.load(p_cu_seqlens_q + sequence + 1)
     begin_key, end_key = tl.load(p_cu_seqlens_k + sequence), tl.load(p_cu_seqlens_k + sequence + 1)
     WHOLE: tl.constexpr = p_importance is not None
@@ -234,10 +237,10 @@ def attention_kernel(
     packed = (count_k <= batch.to(tl.int64) * SHORT) & (count_k <= 2 * count_q.to(tl.int64))
     if p_importance is not None:
         packed = False
-    tiles = tl.cdiv(count_q, PACKED_M) if packed else batch * tl.cdiv(max_seqlen_q, BM)
+    tiles = tl.cdiv(count_q, PACKED_M).to(tl.int64) if packed else batch.to(tl.int64) * tl.cdiv(max_seqlen_q, BM)
     work = tl.program_id(0).to(tl.int64)
-    while work < tiles.to(tl.int64) * HEADS:
-        head, tile = work % HEADS, (work // HEADS).to(tl.int32)
+    while work < tiles * HEADS:
+        head, tile = work % HEADS, work // HEADS
         p_q_head, p_k_head, p_v_head = (
             p_q + head * head_stride_q,
             p_k + head * head_stride_k,
@@ -246,8 +249,8 @@ def attention_kernel(
         p_out_head = p_out + head * HEAD_DIM
         if packed:
             _packed_tile(
-                tile, head, p_q_head, p_k_head, p_v_head, p_keep, p_out_head, p_lse, p_cu_seqlens_q, p_cu_seqlens_k,
-                batch, count_q, stride_q, stride_k, stride_v, capacity_q, scale,
+                tile.to(tl.int32), head, p_q_head, p_k_head, p_v_head, p_keep, p_out_head, p_lse, p_cu_seqlens_q,
+                p_cu_seqlens_k, batch, count_q, stride_q, stride_k, stride_v, capacity_q, scale,
                 HEADS, HEAD_DIM, PACKED_M, PACKED_N, BD,
             )  # fmt: skip
         else:

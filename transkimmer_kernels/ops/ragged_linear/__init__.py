@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_cu_seqlens, check_slots, check_tensor, require
+from ..checks import FLOATS, check_apart, check_cu_seqlens, check_slots, check_tensor, refuse_gradients, require
 from ..counting import product_flops, row_count
-from ..rows import zero_tail
+from ..rows import pick_rows, send_rows_back, zero_tail
 
 ACTIVATIONS = ("none", "gelu")
 
@@ -60,24 +60,6 @@ def _flops_norm_(hidden: Tensor, slots: Tensor, *product: Any) -> int:
     return _flops_norm(*product)
 
 
-def _pick(rows: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Listed rows with a zeroed tail, and the row numbers to send gradients back to. No host read.
-
-    The tail of `slots` is garbage: it is pointed at row 0 before it is used as an index.
-    """
-    if slots is None:
-        return zero_tail(rows, cu_seqlens), None
-    index = zero_tail(slots, cu_seqlens).long()
-    return zero_tail(rows[index], cu_seqlens), index
-
-
-def _send_back(grad: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
-    if index is None:
-        return grad
-    # The tail's gradient is zero, so that adding it to row 0 changes nothing.
-    return torch.zeros_like(like).index_add_(0, index, grad)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
@@ -86,11 +68,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _make_backward(backend: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cu_seqlens, slots = ctx.saved_tensors
-        rows, index = _pick(x, slots, cu_seqlens)
+        rows, index = pick_rows(x, slots, cu_seqlens)
         grad = zero_tail(grad, cu_seqlens)
         if ctx.activation == "gelu":
             grad = torch.ops.aten.gelu_backward(grad, F.linear(rows, weight, bias))
-        grad_x = _send_back(grad @ weight, index, x)
+        grad_x = send_rows_back(grad @ weight, index, x)
         return grad_x, grad.T @ rows, None if bias is None else grad.sum(0), None, None, None
 
     return backward
@@ -104,8 +86,8 @@ def _setup_context_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _make_backward_norm(backend: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, residual_slots, norm_weight, norm_bias, cu_seqlens = ctx.saved_tensors
-        rows, _ = _pick(x, None, cu_seqlens)
-        picked, index = _pick(residual, residual_slots, cu_seqlens)
+        rows, _ = pick_rows(x, None, cu_seqlens)
+        picked, index = pick_rows(residual, residual_slots, cu_seqlens)
         # A zeroed row has no variance: its 1 / sqrt(eps) overflows fp16, and infinity times no gradient is NaN.
         precision = torch.float32 if x.dtype == torch.float16 else x.dtype
         total = F.linear(rows, weight, bias) + picked[: x.size(0)]
@@ -115,7 +97,7 @@ def _make_backward_norm(backend: str) -> Callable[..., Any]:
             grads = torch.autograd.grad(y, leaves, zero_tail(grad, cu_seqlens).to(precision))
         grad, grad_norm_weight, grad_norm_bias = (g.to(x.dtype) for g in grads)
         grad = zero_tail(grad, cu_seqlens)
-        grad_residual = _send_back(grad, index, residual)
+        grad_residual = send_rows_back(grad, index, residual)
         return (
             grad @ weight,
             grad.T @ rows,
@@ -202,7 +184,7 @@ def ragged_linear(
         check_slots("slots", slots, cu_seqlens, x.size(0))
         slots = slots.contiguous()
     run = select("ragged_linear", kernels, x.device, x.dtype)
-    return run(x.contiguous(), weight, bias, cu_seqlens, slots, activation)
+    return run(x.contiguous(), weight, bias, cu_seqlens.contiguous(), slots, activation)
 
 
 def ragged_linear_norm(
@@ -242,8 +224,8 @@ def ragged_linear_norm(
     else:
         require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
     run = select("ragged_linear_norm", kernels, x.device, x.dtype)
-    residual = residual.contiguous()
-    return run(x.contiguous(), weight, bias, residual, residual_slots, norm_weight, norm_bias, eps, cu_seqlens)
+    x, residual, cu_seqlens = x.contiguous(), residual.contiguous(), cu_seqlens.contiguous()
+    return run(x, weight, bias, residual, residual_slots, norm_weight, norm_bias, eps, cu_seqlens)
 
 
 def ragged_linear_norm_(
@@ -268,7 +250,8 @@ def ragged_linear_norm_(
     Args:
         hidden: [rows, out], contiguous, written.
         slots: int32 [capacity], distinct.
-        x: [capacity, in]. residual: [capacity, out]. The rest as in `ragged_linear_norm`.
+        x: [capacity, in]. residual: [capacity, out]. Neither may share memory with `hidden`.
+        The rest as in `ragged_linear_norm`.
 
     Returns:
         `hidden`.
@@ -276,10 +259,7 @@ def ragged_linear_norm_(
     _check_product(x, weight, bias)
     _check_norm(x, weight.size(0), residual, norm_weight, norm_bias)
     tensors = (hidden, x, weight, bias, residual, norm_weight, norm_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "ragged_linear_norm_: not differentiable; use ragged_linear_norm and scatter_rows, or no_grad"
-        )
+    refuse_gradients("ragged_linear_norm_", "use ragged_linear_norm and scatter_rows", *tensors)
     check_tensor("hidden", hidden, dtype=x.dtype, device=x.device, shape=(None, weight.size(0)))
     require(hidden.is_contiguous(), f"hidden: is written in place and must be contiguous, got {hidden.stride()}")
     check_tensor("slots", slots, device=x.device, shape=(x.size(0),))
@@ -287,5 +267,8 @@ def ragged_linear_norm_(
     require(residual.size(0) == x.size(0), f"residual: expected {x.size(0)} rows like x, got {residual.size(0)}")
     run = select("ragged_linear_norm_", kernels, x.device, x.dtype)
     x, residual, slots = x.contiguous(), residual.contiguous(), slots.contiguous()
-    run(hidden, slots, x, weight, bias, residual, norm_weight, norm_bias, eps, cu_seqlens)
+    check_apart("x", x, hidden)
+    check_apart("residual", residual, hidden)
+    run(hidden, slots, x, weight, bias, residual, norm_weight, norm_bias, eps, cu_seqlens.contiguous())
+    torch.autograd.graph.increment_version(hidden)  # autograd knows of a write by an operator of ours only so
     return hidden

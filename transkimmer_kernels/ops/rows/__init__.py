@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...library import OPERATORS, define
@@ -51,6 +52,28 @@ def zero_tail(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     return rows.masked_fill(beyond, 0)
 
 
+def pick_rows(rows: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Listed rows with a zeroed tail, and the row numbers to send gradients back to. No host read.
+
+    The tail of `slots` is garbage: it is pointed at row 0 before it is used as an index.
+    """
+    if slots is None:
+        return zero_tail(rows, cu_seqlens), None
+    index = zero_tail(slots, cu_seqlens).long()
+    if rows.size(0) == 0:  # then there is no row 0 either, and nothing is listed
+        return rows.new_zeros((slots.numel(), *rows.shape[1:])), index
+    return zero_tail(rows[index], cu_seqlens), index
+
+
+def send_rows_back(grad: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of `like`, of which `pick_rows` has picked rows, from theirs."""
+    if index is None:
+        return grad
+    total = torch.zeros_like(like)
+    # The tail's gradient is zero, so that adding it to row 0 changes nothing.
+    return total.index_add_(0, index, grad) if like.size(0) else total
+
+
 define(
     "gather_rows",
     "(Tensor x, Tensor slots, Tensor cu_seqlens) -> Tensor",
@@ -82,7 +105,8 @@ def gather_rows(x: Tensor, slots: Tensor, cu_seqlens: Tensor, *, kernels: str = 
     check_tensor("x", x, device=slots.device)
     require(x.dim() >= 1, f"x: expected at least one dimension, got {list(x.shape)}")
     check_slots("slots", slots, cu_seqlens, x.size(0))
-    return select("gather_rows", kernels, x.device)(x.contiguous(), slots.contiguous(), cu_seqlens)
+    run = select("gather_rows", kernels, x.device)
+    return run(x.contiguous(), slots.contiguous(), cu_seqlens.contiguous())
 
 
 def scatter_rows(x: Tensor, slots: Tensor, cu_seqlens: Tensor, num_rows: int, *, kernels: str = "auto") -> Tensor:
@@ -100,4 +124,5 @@ def scatter_rows(x: Tensor, slots: Tensor, cu_seqlens: Tensor, num_rows: int, *,
     require(num_rows >= 0, f"num_rows: must not be negative, got {num_rows}")
     require(x.size(0) == slots.numel(), f"x: expected {slots.numel()} rows, one per slot, got {list(x.shape)}")
     check_slots("slots", slots, cu_seqlens, num_rows)
-    return select("scatter_rows", kernels, x.device)(x.contiguous(), slots.contiguous(), cu_seqlens, num_rows)
+    run = select("scatter_rows", kernels, x.device)
+    return run(x.contiguous(), slots.contiguous(), cu_seqlens.contiguous(), num_rows)

@@ -1,9 +1,8 @@
 """Row movement on the CPU: gathering is PyTorch's own, since a native loop was no faster.
 
 Scattering is a native loop that writes every row of the result once, where zeros and `index_copy_` write the listed
-ones twice. Stored timings (`benchmarks/results/cpu/kernels-*.json`): 1.5 to 5.7 times as fast with everything in the
-cache; from memory 1.0 to 1.7 times, but 0.87 in one case of six, fp32 with 133 rows listed. It stays because the
-others outweigh that one, and a border between them has not been measured.
+ones twice; `benchmarks/cpu_kernels.py` times both. Where it was timed it was faster with everything in the cache, and
+from memory in all cases but one; a border between them has not been measured.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ...library import define
 from ...registry import select
 from ..checks import FLOATS, check_slots, check_tensor
 from ..counting import product_flops, row_count
-from ..rows import zero_tail
+from ..rows import pick_rows, send_rows_back, zero_tail
 
 WEIGHTS = (
     "norm1_weight",
@@ -27,8 +27,7 @@ WEIGHTS = (
 
 
 def _fake(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty((slots.numel(),), dtype=dtype)
+    return hidden.new_empty((slots.numel(),), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def predictor_flops(rows: int, fc_weight: Tensor, out_weight: Tensor) -> int:
@@ -52,15 +51,13 @@ def _make_backward(backend: str) -> Callable[..., Any]:
         from .reference import skim_logit_rows
 
         hidden, slots, cu_seqlens, *weights = ctx.saved_tensors
-        # No host read of the token count: unlisted rows point at row 0, are zeroed, and send it a zero gradient.
-        rows = zero_tail(slots, cu_seqlens).long()
+        rows, index = pick_rows(hidden.detach(), slots, cu_seqlens)
         with torch.enable_grad():
-            x = zero_tail(hidden.detach()[rows], cu_seqlens).requires_grad_()
+            x = rows.requires_grad_()
             leaves = [w.detach().requires_grad_() for w in weights]
             logit = skim_logit_rows(x, *leaves, ctx.eps)  # type: ignore[call-arg]  # eight leaves
             grads = torch.autograd.grad(logit, (x, *leaves), zero_tail(grad, cu_seqlens))
-        grad_hidden = torch.zeros_like(hidden).index_add_(0, rows, grads[0])
-        return grad_hidden, None, None, *grads[1:], None
+        return send_rows_back(grads[0], index, hidden), None, None, *grads[1:], None
 
     return backward
 
@@ -113,7 +110,7 @@ def skim_logit(
     weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
     check_predictor(hidden, slots, cu_seqlens, weights)
     run = select("skim_logit", kernels, hidden.device, hidden.dtype)
-    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps)
+    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens.contiguous(), *weights, eps)
 
 
 def check_predictor(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...]) -> None:

@@ -69,4 +69,5 @@ def skim_tokens(
     weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
     check_predictor(hidden, slots, cu_seqlens, weights)
     run = select("skim_tokens", kernels, hidden.device, hidden.dtype)
-    return run(hidden.contiguous(), slots.contiguous(), cu_seqlens, *weights, eps, logit_threshold, keep_first)
+    lists = slots.contiguous(), cu_seqlens.contiguous()
+    return run(hidden.contiguous(), *lists, *weights, eps, logit_threshold, keep_first)

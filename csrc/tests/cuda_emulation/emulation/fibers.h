@@ -26,6 +26,7 @@ struct alignas(16) SharedBytes {
   unsigned char bytes[16];
 };
 inline std::vector<SharedBytes> shared;
+constexpr size_t kGuard = 64;  // of them, behind what a block asks for: nobody may write there
 inline unsigned char* dynamic_shared() { return shared.data()->bytes; }
 
 class Scheduler {
@@ -179,10 +180,15 @@ inline void run(dim3 grid, dim3 threads, const std::function<void()>& body, size
     block_index = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
     SharedBytes garbage;
     std::memset(garbage.bytes, 0xff, sizeof(garbage.bytes));
-    shared.assign(shared_bytes / sizeof(garbage) + 1, garbage);
+    shared.assign(shared_bytes / sizeof(garbage) + kGuard, garbage);
     warps.assign(count / 32, Warp{});
     block_gate = std::make_unique<Gate>(count);
     scheduler.run(count, body);
+    if (std::any_of(dynamic_shared() + shared_bytes, shared.back().bytes + sizeof(garbage),
+                    [](unsigned char byte) { return byte != 0xff; })) {
+      std::printf("FAILED: block %u writes behind its shared memory\n", index);
+      std::exit(EXIT_FAILURE);
+    }
     after_block();
   }
 }
