@@ -34,17 +34,17 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
     if not rows:
         return "\n".join([*parts, UNMEASURED, *trial_lines(trials)]) + "\n"
     parts += [
-        "Metrics are in percent, of the development rows and of held-out training rows, which the threshold was",
+        "Metrics are in percent, of the development rows and of held-out training rows, which the models were",
         "calibrated on. Figures are means over seeds ± their standard deviation (none: a single seed). `− dense` is",
         "the difference, in points, from the dense fine-tune of the same seed. FLOPs count predictors, and no",
         "padding; `padded ×` is over a dense run padded to the paper's lengths. `argmax` is the threshold 0.5 as",
-        "trained, `sample` draws, `calibrated to` moves the threshold to that FLOPs speedup on held-out rows. A task's",
-        "second table compares removal, at the threshold as trained, with the training forward without its noise; the",
-        "largest difference is that of a logit, over the largest logit. Wall-clock is over our own dense run without",
-        "padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the speedup of the FLOPs",
-        "that both execute, in which the last layer is cut to the first token: somewhat less than `FLOPs ×`, the",
-        "paper's count. A curve of a seed ends where its threshold cannot be moved to the next speedup, so that points",
-        "further on are means over fewer seeds; wall-clock was not taken of every seed either.",
+        "trained, `sample` draws, `calibrated to` shifts all logits until held-out rows are read at that FLOPs",
+        "speedup. A task's second table compares removal, at the threshold as trained, with the training forward",
+        "without its noise; the largest difference is that of a logit, over the largest logit. Wall-clock is over our",
+        "own dense run without padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the",
+        "speedup of the FLOPs that both execute, in which the last layer is cut to the first token: somewhat less",
+        "than `FLOPs ×`, the paper's count. A curve of a seed ends where no shift leads to the next speedup, so that",
+        "points further on are means over fewer seeds; wall-clock was not taken of every seed either.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):

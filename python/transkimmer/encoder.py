@@ -218,7 +218,7 @@ class SkimmingEncoder(nn.Module):
             record.skim_loss = result.skim_loss
             if record.skim_loss is None:  # tokens removed before a layer count as what they are there: skimmed
                 record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
-        leave_skim_loss(record.skim_loss)
+        leave_skim_loss(record.skim_loss, self.skim_config)
         if current_records() is not None:
             _note(result.layers, batch, record, kernels)
         output = batch.hidden.to(result.hidden.dtype).index_copy(0, rows, result.hidden)

@@ -1,9 +1,10 @@
 """Training by CUDA graphs: an encoder's forward is one launch, its backward another, however many kernels they have.
 
 A training step of BERT on packed sequences has well over a thousand kernels, and a fast device waits for its host.
-Nothing in an unpruned training forward depends on a value on the device, so it can be recorded once per size. Batches
-differ in their number of tokens. A graph's is that number rounded up; the rows left over are sequences of their own,
-which nobody reads and nobody attends to, so that their gradients are zero.
+Once the host knows how many tokens there are, which it asks before the layers, nothing in an unpruned training forward
+depends on a value on the device, so it can be recorded once per size. Batches differ in their number of tokens. A
+graph's is that number rounded up; the rows left over are sequences of their own, which nobody reads and nobody attends
+to, so that their gradients are zero.
 """
 
 from __future__ import annotations

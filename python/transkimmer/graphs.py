@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import operator
@@ -10,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +90,12 @@ class GraphedForward:
         """For `nn.DataParallel`, whose replicas have to run their own forward."""
         replica = type(self._model)._replicate_for_data_parallel(self._model)
         del replica._replicate_for_data_parallel
-        vars(replica)["forward"] = functools.partial(self._run, replica, self._run_eagerly)
+        own = weakref.ref(replica)  # so that a step's replicas go with the step
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(cast(PreTrainedModel, own()), self._run_eagerly, *args, **kwargs)
+
+        vars(replica)["forward"] = forward
         return replica
 
     def _device(self) -> torch.device:
@@ -266,8 +270,12 @@ class GraphedForward:
             return "a part of the model is in training mode"
         if any(self._hooks):
             return "a part of the model has hooks, which a replay would not call"
-        if getattr(self._model.config, "return_dict", True) is False:
+        config = self._model.config
+        if getattr(config, "return_dict", True) is False:
             return "config.return_dict is off"
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(config, name, False):
+                return f"config.{name} is set"
         return None
 
     def _weights_are_gone(self) -> bool:

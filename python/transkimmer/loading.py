@@ -69,9 +69,9 @@ def _load_dense(name_or_path: str | os.PathLike[str], auto_class: Any, options: 
         raise
     finally:
         hf_logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         warnings.warn(
-            f"name_or_path={os.fspath(name_or_path)!r}: has no {', '.join(missing)}, which are new: train them",
+            f"name_or_path={os.fspath(name_or_path)!r}: has no fitting {', '.join(missing)}, which are new: train them",
             stacklevel=3,
         )
     return model

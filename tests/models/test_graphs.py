@@ -303,6 +303,9 @@ def test_wrong_inputs_raise_what_they_always_did(tapes: None) -> None:
         model(**inputs, output_hidden_states=True)
     with pytest.raises(TypeError, match="multiple values"):
         model(inputs["input_ids"], **inputs)
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        model(**inputs)
 
 
 @torch.no_grad()
@@ -316,8 +319,12 @@ def test_copies_have_graphs_of_their_own(tapes: None) -> None:
         assert_replayed(model, inputs)
         assert not torch.equal(other(**inputs).logits, model(**inputs).logits)
     replica = model._replicate_for_data_parallel()
-    serving = model.skimming._forward
-    assert replica.forward.args == (replica, serving._run_eagerly) and model.forward is serving
+    replays = model.skimming.graphs.replays
+    assert torch.equal(replica.forward(**inputs).logits, type(model).forward(model, **inputs).logits)
+    assert model.skimming.graphs.replays == replays and replica.forward is not model.forward
+    gone = weakref.ref(replica)
+    del replica
+    assert gone() is None
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

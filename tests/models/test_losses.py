@@ -53,12 +53,30 @@ def test_a_trainer_that_takes_the_labels_away_adds_the_skim_loss(options: dict[s
     assert (found[1] - found[0]).item() == pytest.approx(2.0 * share.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}, {"func": of_my_own}])
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"func": of_my_own}], ids=["smoothed", "own"])
 def test_what_is_added_weighs_as_much_in_accumulated_batches(options: dict[str, Any], tmp_path: Path) -> None:
     """`Trainer` divides a mean by the number of batches, but not what a loss function of one's own returns."""
-    job = trainer_of(skimming(), tmp_path, gradient_accumulation_steps=4, **options)
-    job.current_gradient_accumulation_steps = 4
-    assert job._share_of_a_step() == (0.25 if "func" in options else 1.0)
+    found = []
+    for weight, steps in ((0.0, 4), (2.0, 4), (2.0, 1)):
+        model = skimming(skim_weight=weight).train()
+        job = trainer_of(model, tmp_path, gradient_accumulation_steps=steps, **options)
+        job.current_gradient_accumulation_steps = steps
+        found.append(job.compute_loss(model, {**padded_inputs(), "labels": LABELS}).item())
+    task, accumulated, alone = found
+    share = 0.25 if "func" in options else 1.0
+    assert accumulated - task == pytest.approx(share * (alone - task), rel=1e-4) and alone - task > 0.1
+
+
+def test_a_loss_function_that_leaves_the_models_loss_alone_gets_the_skim_loss(tmp_path: Path) -> None:
+    """Labels of other names reach the model, whose loss nobody looks at then."""
+    inputs = {**padded_inputs(), "start_positions": torch.zeros(4).long(), "end_positions": torch.zeros(4).long()}
+    found = []
+    for weight in (0.0, 2.0):
+        model = skimming("qa", skim_weight=weight).train()
+        job = trainer_of(model, tmp_path, func=lambda outputs, labels, num_items_in_batch: outputs.start_logits.mean())
+        with record_skimming() as records:
+            found.append(job.compute_loss(model, dict(inputs)).item())
+    assert found[1] - found[0] == pytest.approx(2.0 * records[0].skim_loss.item(), rel=1e-4)
 
 
 def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,11 +91,14 @@ def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert penalty.item() == pytest.approx(0.5 * (sum(shares) / 2 - 0.1), rel=1e-5)
     penalty.backward()
     assert model.skimming.predictors[0].out.weight.grad.abs().sum() > 0
-    with pytest.warns(UserWarning, match=r"BertModel has made no loss .* model\.skimming\.penalty"):
+    with pytest.warns(UserWarning, match=r"has made no loss .* model\.skimming\.penalty"):
         model(**padded_inputs())
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")
         model(**padded_inputs())
+    losses._warned.clear()
+    with pytest.warns(UserWarning, match="has made no loss"):  # by a part of it
+        skimming().train().bert(**padded_inputs())
     with record_skimming() as records:
         model.eval()(**padded_inputs())
     with pytest.raises(ValueError, match=r"records: 1 of them, but of no forward in training"):
@@ -133,7 +154,6 @@ def test_a_forward_called_without_hooks_is_the_same() -> None:
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    Accelerator._shared_state = {}
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     return accelerator.prepare_model(model)
 
@@ -246,14 +266,19 @@ def test_a_dense_model_from_a_skimming_models_config_reads_its_mask() -> None:
 
 def test_a_new_head_is_mentioned(tmp_path: Path) -> None:
     skimming(None).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"has no classifier\.bias, classifier\.weight, which are new: train them"):
+    with pytest.warns(
+        UserWarning, match=r"has no fitting classifier\.bias, classifier\.weight, which are new: train them"
+    ):
         from_pretrained(tmp_path, HEADS["sequence"])
 
 
-def test_a_head_of_another_size_is_reported(tmp_path: Path, capfd: Any) -> None:
+def test_a_head_of_another_size_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     skimming("sequence").save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="mismatch"):
         from_pretrained(tmp_path, HEADS["sequence"], num_labels=5)
+    assert "LOAD REPORT" in caplog.text
+    with pytest.warns(UserWarning, match=r"has no fitting classifier\.bias, classifier\.weight, which are new"):
+        from_pretrained(tmp_path, HEADS["sequence"], num_labels=5, ignore_mismatched_sizes=True)
 
 
 def test_costs_of_groups_of_several_layers() -> None:

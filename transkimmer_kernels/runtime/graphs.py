@@ -212,15 +212,18 @@ class GraphCache:
                 self._held.popitem(last=False)
         if self._engine is None:
             self._engine = self._new_engine()
+        recording = False
         try:
             with self._engine.exclusive():
                 call = make()
                 call.load(request)
+                recording = True
                 self._engine.warm_up(call.run)
                 captured = self._engine.record(call.run)
         except BaseException:
             # An engine that failed may not record again, nor replay what draws; and memory may be what was missing.
-            self.clear()
+            if recording:
+                self.clear()
             raise
         self.captures += 1
         self._held[key] = (call, captured)

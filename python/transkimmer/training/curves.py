@@ -14,7 +14,6 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-from ..config import SkimConfig
 from ..records import SkimRecord
 
 
@@ -34,14 +33,17 @@ class SkimCurves:
         self.records: list[SkimRecord] = []
         self.task_losses: list[Tensor] = []
 
-    def add(self, step: int, record: SkimRecord, outputs: Any, config: SkimConfig) -> None:
-        """A micro-batch's forward and its outputs; step: what `TrainerState.global_step` will be after it."""
+    def add(self, step: int, record: SkimRecord, outputs: Any, added: float | Tensor) -> None:
+        """A micro-batch's forward and its outputs.
+
+        step: what `TrainerState.global_step` will be after it. added: how much of the loss in them is the skim loss's.
+        """
         if step != self.step:
             self.step, self.records, self.task_losses = step, [], []
         self.records.append(record)
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if loss is not None and record.skim_loss is not None:
-            self.task_losses.append(loss.detach() - config.penalty(record.skim_loss.detach()))
+            self.task_losses.append(loss.detach() - added)
 
     def scalars(self, logit_threshold: float) -> dict[str, float]:
         """Name -> value; this is where the host waits for the device.

@@ -230,11 +230,14 @@ class SkimTrainer(SteadyTrainer):
         watching: AbstractContextManager[list[Tensor]] = nullcontext([])
         if teacher_states is not None:
             watching = final_states(skimmed)
-        with recording as records, watching as states, unclaimed_penalties() as extra:
+        # Of label smoothing and a loss function of the user's own: the model makes no loss, or one that does not count.
+        unclaimed = unclaimed_penalties(all_of_them=self.compute_loss_func is not None)
+        with recording as records, watching as states, unclaimed as extra:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if records:
-            self.curves.add(self.state.global_step + 1, records[-1], outputs, skimming_of(self.model).config)
-        # Of label smoothing and a loss function of the user's own, which take the labels from the model.
+            has_none = self.compute_loss_func is not None or records[-1].skim_loss is None
+            added = 0.0 if has_none else skimming_of(self.model).penalty(records).detach()
+            self.curves.add(self.state.global_step + 1, records[-1], outputs, added)
         if teacher_logits is not None and model.training:
             apart = distillation_loss(
                 logits_in(outputs),
@@ -304,7 +307,7 @@ def distillation_loss(
 class _Schedules(TrainerCallback):
     """Raises the skim weight from 0, or lowers the share to aim at from 1: the task is heard before tokens go.
 
-    And lowers the noise of the draws to 0. Afterwards the configuration is again as it was.
+    And lowers the noise of the draws to 0. `restore` makes the configuration what it was again.
     """
 
     def __init__(self, config: SkimConfig, ramp: float, noise_decay: float) -> None:
@@ -321,7 +324,8 @@ class _Schedules(TrainerCallback):
         self._set(kwargs["model"], risen, left)
 
     def restore(self, config: SkimConfig) -> None:
-        for name, value in (("noise", self.noise), ("skim_target", self.target), ("skim_weight", self.weight)):
+        changed = ("skim_target", self.target) if self.target else ("skim_weight", self.weight)
+        for name, value in (("noise", self.noise), changed):
             config.set_for_now(name, value)
 
     def _set(self, model: nn.Module, risen: float, noise_left: float) -> None:
