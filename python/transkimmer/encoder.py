@@ -283,6 +283,16 @@ def packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([ends.new_zeros(1), starts, ends]).int()
 
 
+def offsets_of(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Of sequences that a model is given packed into one row, for an encoder that would not see their positions."""
+    inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
+    if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):
+        return {}
+    cu_seqlens = packed_by_positions(given.get("position_ids"))
+    return {} if cu_seqlens is None else {"cu_seq_lens_q": cu_seqlens}
+
+
 class _SkimmingType(type):
     """The type of classes made by `skimming_class`: pickled by what they are made of, so that any process has them."""
 

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from transkimmer_kernels.runtime.graphs import ENGINES, GraphCache, Tensors, round_up
 
 from .architectures import ARCHITECTURES
-from .encoder import SkimmingEncoder, packed_by_positions
+from .encoder import SkimmingEncoder, offsets_of
 from .losses import with_skim_loss
 from .records import current_records
 from .weights import EncoderWeights, Watch
@@ -118,20 +118,10 @@ class GraphedForward:
 
     def _run(self, model: PreTrainedModel, how: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not ARCHITECTURES[model.config.model_type].encoder_sees_positions:
-            kwargs |= self._offsets(args, kwargs)
+            kwargs |= offsets_of({**dict(zip(self.names, args, strict=False)), **kwargs})
         if not model.training:
             return how(model, args, kwargs)
         return with_skim_loss(model, lambda: how(model, args, kwargs))
-
-    def _offsets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Those of sequences packed into one row, for an encoder that would not see the positions."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
-        if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):
-            return {}
-        cu_seqlens = packed_by_positions(given.get("position_ids"))
-        return {} if cu_seqlens is None else {"cu_seq_lens_q": cu_seqlens}
 
     def _run_eagerly(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return type(model).forward(model, *args, **kwargs)
