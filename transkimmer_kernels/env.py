@@ -1,6 +1,8 @@
 """`python -m transkimmer_kernels.env [--json]`: what is installed, built and loaded, and what serves what."""
 
 import argparse
+import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,7 +28,7 @@ def report() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "threads": torch.get_num_threads(),
             "cpu_kernels": _cpu_isa(),
             "gpu": _gpus()
@@ -52,11 +54,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def cpu_model() -> str:
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpuinfo() -> dict[str, str]:
+    """Of the first processor that Linux lists."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return {}
 
 
 def _cpu_isa() -> str:

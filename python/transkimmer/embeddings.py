@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transkimmer_kernels import kernel_set
 
 from .architectures import is_plain_norm
+from .encoder import original_class
 
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
@@ -41,7 +42,7 @@ class SkimmingEmbeddings(nn.Module):
 @functools.cache
 def _parameters(kind: Any) -> list[str]:
     """Names of the parameters of the forward that is overridden."""
-    return list(inspect.signature(kind.__bases__[1].forward).parameters)[1:]
+    return list(inspect.signature(original_class(kind).forward).parameters)[1:]
 
 
 def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:

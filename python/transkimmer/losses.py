@@ -6,6 +6,7 @@ A head's loss is raised by it where a forward makes one. Whoever computes a loss
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,15 +78,16 @@ def with_skim_loss(model: PreTrainedModel, run: Callable[[], Any]) -> Any:
     return output
 
 
-_warned: set[str] = set()
-
-
 def _warn_of(penalty: Tensor, config: SkimConfig) -> None:
-    """Once, if `penalty` would be wanted and is lost."""
-    if penalty.requires_grad and current_records() is None and config.skim_weight > 0 and not _warned:
-        _warned.add("once")
-        warnings.warn(
-            "a skimming model has made no loss in training that the skim loss could be added to, so nothing makes its "
-            "predictors skim: pass labels, or record_skimming() and add model.skimming.penalty(records) to your loss",
-            stacklevel=2,
-        )
+    """If `penalty` would be wanted and is lost."""
+    if penalty.requires_grad and current_records() is None and config.skim_weight > 0:
+        _warn()
+
+
+@functools.cache  # once
+def _warn() -> None:
+    warnings.warn(
+        "a skimming model has made no loss in training that the skim loss could be added to, so nothing makes its "
+        "predictors skim: pass labels, or record_skimming() and add model.skimming.penalty(records) to your loss",
+        stacklevel=2,
+    )

@@ -79,8 +79,8 @@ def test_a_loss_function_that_leaves_the_models_loss_alone_gets_the_skim_loss(tm
     assert found[1] - found[0] == pytest.approx(2.0 * records[0].skim_loss.item(), rel=1e-4)
 
 
-def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_warned", set())
+def test_a_loss_of_ones_own() -> None:
+    losses._warn.cache_clear()
     model = skimming(None, skim_weight=0.5, skim_target=0.1).train()
     with warnings.catch_warnings(), record_skimming() as records:
         warnings.simplefilter("error")
@@ -96,7 +96,7 @@ def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")
         model(**padded_inputs())
-    losses._warned.clear()
+    losses._warn.cache_clear()
     with pytest.warns(UserWarning, match="has made no loss"):  # by a part of it
         skimming().train().bert(**padded_inputs())
     with record_skimming() as records:
@@ -108,8 +108,8 @@ def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "quiet", [lambda m: m.eval(), lambda m: setattr(m.skimming.config, "skim_weight", 0.0), lambda m: None]
 )
-def test_no_warning_where_nothing_is_lost(quiet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_warned", set())
+def test_no_warning_where_nothing_is_lost(quiet: Any) -> None:
+    losses._warn.cache_clear()
     model = skimming().train()
     quiet(model)
     with warnings.catch_warnings():
