@@ -11,6 +11,7 @@ SKIMMING = "skimming"
 OURS = "dense, padding-free (ours)"
 PADDED = "dense, padded (Hugging Face SDPA)"
 HEADLINE_MODEL, PLOTTED = "bert-base-shape", "cpu-avx512-zen-5"
+SMALL_BATCHES, LENGTHS = (1, 8), ("mrpc", "sst2", "rte", "squad2", "imdb")
 NOTHING = "–"
 
 # Folder of results -> instruction set of its CPU.
@@ -42,6 +43,23 @@ def headline(devices: Sequence[Device]) -> str:
     return "\n".join(parts)
 
 
+def small_batches(devices: Sequence[Device]) -> str:
+    """BERT-base's skim efficiency at batch 1 and 8, a column for each length; the wall-clock speedup in brackets."""
+    found: dict[tuple[str, str, int], dict[str, str]] = {}
+    for device in devices:
+        for workload, rows in device.groups("model"):
+            skimming, size = rows.get(SKIMMING), workload["batch_size"]
+            if workload["model"] != HEADLINE_MODEL or size not in SMALL_BATCHES or workload["lengths"] not in LENGTHS:
+                continue
+            if skimming is not None and skimming["note"] is None:
+                cells = found.setdefault((processor(device), workload["dtype"], size), {})
+                cells[workload["lengths"]] = f"{skimming['skim_efficiency']:.2f} ({skimming['wall_clock_speedup']:.2f})"
+    lines = head(["skim efficiency (wall-clock ×)", "dtype", "batch", *LENGTHS])
+    for (name, dtype, size), cells in sorted(found.items()):
+        lines.append(line([name, dtype, str(size), *(cells.get(length, NOTHING) for length in LENGTHS)]))
+    return "\n".join([*lines, ""])
+
+
 def page(devices: Sequence[Device]) -> str:
     parts = [
         "# Results",
@@ -71,11 +89,17 @@ def where(device: Device) -> str:
 
 def machine(device: Device) -> str:
     environment = list(device.environments.values())[-1]
-    name = f"One {device.name.replace('-', ' ').upper()}"
+    name = f"One {processor(device)}"
     if device.name.startswith("cpu"):
-        instructions = INSTRUCTION_SETS.get(device.name, device.name)
-        name = f"{environment['processor']} with {instructions}, {environment['threads']} threads"
+        name = f"{environment['processor']} with {processor(device)}, {environment['threads']} threads"
     return f"{name}, torch {environment['torch']}"
+
+
+def processor(device: Device) -> str:
+    """The instruction set of a CPU, the name of a GPU."""
+    if device.name.startswith("cpu"):
+        return INSTRUCTION_SETS.get(device.name, device.name)
+    return device.name.replace("-", " ").upper()
 
 
 def efficiency_lines(groups: Iterable[tuple[Workload, dict[str, Row]]], heads: Sequence[str] = _HEADS) -> list[str]:

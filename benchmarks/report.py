@@ -102,6 +102,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     readme = between(README.read_text(encoding="utf-8"), "results", "\n".join([*demo_lines(), ""]))
     rows = accuracy_results.read(results / accuracy_results.NAME)
     readme = between(readme, "accuracy", accuracy_tables.summary(rows))
+    readme = between(readme, "small-batches", model_tables.small_batches(devices))
     found = {README: between(readme, "headline", model_tables.headline(devices))}
     if devices:
         found[ROOT / "docs/results.md"] = model_tables.page(devices) + single_runs()
