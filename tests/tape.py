@@ -74,6 +74,7 @@ class TapeEngine:
     def __init__(self, device: torch.device) -> None:
         self._tapes: list[Tape] = []
         self._busy = threading.Lock()
+        self.stale = False
 
     def warm_up(self, run: Callable[[], object]) -> None:
         for _ in range(self.WARM_UPS):
@@ -103,6 +104,9 @@ class TapeEngine:
 
     def wait(self) -> None:
         assert not self._busy.locked(), "buffers are freed while they are in use"
+
+    def is_stale(self) -> bool:
+        return self.stale
 
     def bytes_held(self) -> int:
         return sum(x.nbytes for tape in self._tapes for x in tape.written)

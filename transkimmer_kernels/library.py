@@ -81,8 +81,21 @@ def _declare(operator: Operator, backend: str, available: Callable[[], str | Non
         torch.library.register_autograd(
             qualified, operator.make_backward(backend), setup_context=operator.setup_context, lib=_LIBRARY
         )
+    for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
+        _LIBRARY.impl(overload, _without_autocast(operator, backend, key), key.name)
     operator.backends[backend] = available
     return overload
+
+
+def _without_autocast(operator: Operator, backend: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    """An operator computes in its operands' dtype: autocast inside it would round intermediate results."""
+    autocast = torch._C.DispatchKeySet(key)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator.overload(backend)(*args, **kwargs)
+
+    return run
 
 
 def _register_flops(packet: torch._ops.OpOverloadPacket, flops: Callable[..., int]) -> None:

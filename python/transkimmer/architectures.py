@@ -112,13 +112,14 @@ _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNext
 
 def architecture_of(model: Any) -> Architecture:
     """The row for `model`; ValueError if there is none, or if the model is not a plain encoder."""
-    model_type = model.config.model_type
+    config = model.base_model.config  # of a model around it, which may have another, only what is saved counts
+    model_type = config.model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"model: {type(model).__name__} is of type {model_type!r}; skimming knows {', '.join(ARCHITECTURES)}"
         )
     for flag in ("is_decoder", "add_cross_attention"):
-        if getattr(model.config, flag, False):
+        if getattr(config, flag, False):
             raise ValueError(f"model: config.{flag} is set; only encoders can skim")
     return ARCHITECTURES[model_type]
 
@@ -134,7 +135,7 @@ def encoder_of(model: PreTrainedModel) -> Any:
 
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
-    """Of Hugging Face's own heads, those that are known to; one that is somebody's own may read anything."""
+    """Whether the head reads only the first token: known of the Hugging Face heads above; a custom one may read any."""
     kind = type(model)
     return kind.__module__.startswith("transformers.") and kind.__name__.endswith(_FIRST_TOKEN_HEADS)
 
@@ -142,6 +143,25 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
 def get(module: nn.Module, path: str) -> Any:
     """The part of `module` at a dotted path."""
     return functools.reduce(getattr, path.split("."), module)
+
+
+def check_containers(layer: nn.Module, architecture: Architecture) -> None:
+    """TypeError if `layer`, or a module around its parts, has a forward that is not Hugging Face's.
+
+    Skimming calls the parts themselves, so that nothing else in such a forward would ever run.
+    """
+    parts = (architecture.query, architecture.out, architecture.ffn_in, architecture.ffn_out)
+    paths = {path.rpartition(".")[0] for path in parts}
+    paths |= {path.rpartition(".")[0] for path in paths}
+    for path in sorted(paths):
+        module = get(layer, path) if path else layer
+        theirs = type(module).forward.__module__.startswith("transformers.")
+        if not theirs or "forward" in vars(module):
+            where = f"{path} of a layer" if path else "a layer"
+            raise TypeError(
+                f"model: {where} is a {type(module).__name__} with a forward of its own, which skimming would never "
+                "call: it calls the layer's linear layers, norms and dropouts one by one"
+            )
 
 
 def is_plain_norm(module: Any) -> bool:

@@ -104,8 +104,17 @@ class SkimConfig:
         object.__setattr__(self, "_saved", tuple(other for other in self._saved if other is not saved))
 
     def __copy__(self) -> SkimConfig:
-        """Of no model."""
-        return dataclasses.replace(self)
+        """A copy that belongs to no model."""
+        return dataclasses.replace(self, schedule=copy.copy(self.schedule))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SkimConfig:
+        """As part of a model's copy it belongs to that model, by itself to none."""
+        if not memo:
+            return copy.copy(self)
+        memo[id(self)] = made = object.__new__(type(self))
+        for name, value in vars(self).items():
+            object.__setattr__(made, name, copy.deepcopy(value, memo))
+        return made
 
     @property
     def logit_threshold(self) -> float:
@@ -113,7 +122,7 @@ class SkimConfig:
         return math.log(self.threshold / (1 - self.threshold))
 
     def penalty(self, skim_loss: Tensor) -> Tensor:
-        """What the model's loss is raised by; skim_loss: share of the tokens that layers worked on, a scalar."""
+        """The term added to the model's loss; skim_loss: share of the tokens that layers worked on, a scalar."""
         return self.skim_weight * (skim_loss - self.skim_target).clamp(min=0)
 
     def to_dict(self) -> dict[str, Any]:

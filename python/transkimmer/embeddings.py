@@ -55,6 +55,9 @@ def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:
     norm: Any = embeddings._modules.get("LayerNorm")
     if not _are_plain([table for table in tables if table is not None], norm) or None in tables[:2]:
         return None
+    dropout = embeddings._modules.get("dropout")
+    if type(dropout) is not nn.Dropout or dropout.training or dropout._forward_hooks or dropout._forward_pre_hooks:
+        return None
     word, position = tables[0].weight, tables[1].weight
     kind = None if tables[2] is None else tables[2].weight
     kernels = kernel_set(embeddings.skim_encoder[0].skim_kernels, word.device.type, word.dtype)
@@ -63,7 +66,7 @@ def _fused(embeddings: Any, given: dict[str, Any]) -> Tensor | None:
     shape = ids.shape if embeds is None else embeds.shape[:-1]
     if len(shape) != 2 or torch.is_autocast_enabled(word.device.type) or (types is not None and kind is None):
         return None
-    padding = tables[1].padding_idx
+    padding = vars(embeddings).get("padding_idx")
     if placed is None and padding is not None:  # RoBERTa counts from behind its padding, and real tokens only
         placed = (
             embeddings.create_position_ids_from_input_ids(ids, padding)

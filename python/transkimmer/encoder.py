@@ -19,7 +19,7 @@ from transkimmer_kernels.runtime import Policy, Trace, run_encoder
 from .architectures import ARCHITECTURES, Architecture, get
 from .config import SkimConfig
 from .graphed_training import GraphedTraining
-from .losses import leave_skim_loss
+from .losses import report_skim_loss
 from .policies import PredictorPolicy, SchedulePolicy
 from .records import SkimRecord, current_records
 from .training_forward import LayerDecisions, PackedSequences, TrainingEncoder
@@ -27,6 +27,8 @@ from .weights import WeightCache
 
 # Under this attention name Hugging Face hands the 2-D padding mask to the encoder as it is.
 ATTENTION_NAME = "transkimmer"
+# Where autocast runs LayerNorm, the dense encoder's last operator, in fp32.
+_NORMS_IN_FP32 = ("cuda",)
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -34,7 +36,7 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
 
 
 def _dense_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """Of a dense model that was made from a skimming model's config, where layers attend by themselves."""
+    """For a dense model made from a skimming model's config, whose layers attend by themselves."""
     if mask is not None and mask.dim() == 2:
         mask = as_bool(mask)[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -49,7 +51,7 @@ class SkimmingEncoder(nn.Module):
 
     Attributes set by `add_skimming`:
         skim_predictors: a `SkimPredictor` per layer, saved with the model.
-        skim_model_config: the model's Hugging Face config (DistilBERT's encoder has none of its own).
+        skim_model_config: the base model's Hugging Face config (DistilBERT's encoder has none of its own).
         skim_config: the live `SkimConfig`.
         skim_kernels: the choice of kernels.
         skim_enabled: False runs every layer on every token.
@@ -67,13 +69,13 @@ class SkimmingEncoder(nn.Module):
     skim_graphs: GraphedTraining | None
 
     def train(self, mode: bool = True) -> Any:
-        """A switch drops the kernels' copy of the weights: not every optimizer marks what it changes (fused AdamW)."""
+        """Changing the mode drops the prepared weights: not every optimizer marks what it changes (fused AdamW)."""
         if mode != self.training:
             self.skim_weights.clear()
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drops that copy, too: what is loaded into inference tensors is not counted."""
+        """Drops the prepared weights: loading into inference tensors changes no version counter."""
         self.skim_weights.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -84,9 +86,11 @@ class SkimmingEncoder(nn.Module):
         return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What `.to()` and its like are made of: a copy of weights that are gone holds memory of theirs, too."""
+        """`.to()` and its like end here: what was prepared from the former weights would keep them in memory."""
         applied = super()._apply(*args, **kwargs)
         self.skim_weights.clear_if_changed()
+        if self.skim_graphs is not None:
+            self.skim_graphs.clear_if_moved()
         return applied
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -97,14 +101,15 @@ class SkimmingEncoder(nn.Module):
 
         Raises:
             RuntimeError: under torch.export or torch.jit.trace.
-            ValueError: a mask or offsets that do not fit, or states of every layer are asked for.
+            ValueError: a mask or offsets that do not fit; states of every layer, cached keys or causal attention are
+                asked for.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
                 "model: torch.export and torch.jit.trace cannot take a skimming model: its weights are packed outside "
                 "of what they record. torch.compile can, and remove_skimming(model) gives the dense model"
             )
-        self._refuse_layer_states(kwargs)
+        self._refuse(kwargs)
         architecture = ARCHITECTURES[self.skim_model_config.model_type]
         if architecture.input_projection is not None:
             hidden_states = get(self, architecture.input_projection)(hidden_states)
@@ -116,7 +121,12 @@ class SkimmingEncoder(nn.Module):
             records.append(record)
         return architecture.output(last_hidden_state=output.view(hidden_states.shape))
 
-    def _refuse_layer_states(self, kwargs: dict[str, Any]) -> None:
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        """ValueError for what Hugging Face's encoder would heed and this one cannot."""
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: a skimming model takes no cached keys (nor PEFT's prefix tuning)")
+        if kwargs.get("is_causal"):
+            raise ValueError("is_causal=True: a skimming model attends in both directions")
         for name in ("output_hidden_states", "output_attentions"):
             wanted = kwargs.get(name)
             if wanted or (wanted is None and getattr(self.skim_model_config, name, False)):
@@ -152,6 +162,7 @@ class SkimmingEncoder(nn.Module):
         weights = self.skim_weights.get(
             self, architecture, self.skim_predictors, kernels, dtype, self.skim_first_token_only
         )
+        weights.check_dropouts()
         config = self.skim_config
         trace = Trace(record.layer_slots, record.layer_cu_seqlens)
         wants_gradients = torch.is_grad_enabled()
@@ -179,7 +190,8 @@ class SkimmingEncoder(nn.Module):
                     trace=trace,
                 )
             _show_first_token_in_front(batch.hidden, mask)
-        output = batch.hidden.to(given.dtype)
+        wide = autocast and device_type in _NORMS_IN_FP32
+        output = batch.hidden.to(torch.promote_types(given.dtype, torch.float32) if wide else given.dtype)
         if wants_gradients:
             # A replica of `nn.DataParallel` has no parameters of its own.
             trigger = next((p for p in self.parameters() if p.requires_grad), given)
@@ -218,7 +230,7 @@ class SkimmingEncoder(nn.Module):
             record.skim_loss = result.skim_loss
             if record.skim_loss is None:  # tokens removed before a layer count as what they are there: skimmed
                 record.skim_loss = torch.stack([layer.keep.sum() / count for layer in result.layers]).mean()
-        leave_skim_loss(record.skim_loss, self.skim_config)
+        report_skim_loss(record.skim_loss, self.skim_config)
         if current_records() is not None:
             _note(result.layers, batch, record, kernels)
         output = batch.hidden.to(result.hidden.dtype).index_copy(0, rows, result.hidden)
@@ -229,18 +241,18 @@ class SkimmingEncoder(nn.Module):
 def _note(layers: Sequence[LayerDecisions], batch: Ragged, record: SkimRecord, kernels: KernelSet) -> None:
     """Puts into `record` what a training forward decided on the tokens of `batch`."""
     for decided in layers:
-        present = batch.slots.index_select(0, decided.places)
+        present = batch.slots.index_select(0, decided.rows)
         slots, cu_seqlens = kernels.compact(decided.keep.detach() > 0.5, present, decided.cu_seqlens, False)
         record.layer_slots.append(slots)
         record.layer_cu_seqlens.append(cu_seqlens)
         if decided.logit is not None:
             logit = decided.logit.detach()
-            everybody = logit.new_full((layers[0].places.numel(),), torch.nan)
-            record.logits.append(everybody.index_copy(0, decided.places.long(), logit))
+            all_logits = logit.new_full((layers[0].rows.numel(),), torch.nan)
+            record.logits.append(all_logits.index_copy(0, decided.rows.long(), logit))
 
 
 class _NoBackward(torch.autograd.Function):
-    """The identity, on the way back an error: better than a head that trains on a silently frozen encoder."""
+    """The identity whose backward raises: better than a head that trains on a silently frozen encoder."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, trigger: Tensor) -> Tensor:
@@ -255,7 +267,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 def _show_first_token_in_front(output: Tensor, mask: Tensor | None) -> None:
-    """Left padding: place 0 of a row that starts with padding shows its first real token, which heads pool from.
+    """Left padding: position 0 of a row that starts with padding shows its first real token, which heads pool from.
 
     output: [batch * seq, d], changed in place; mask: [batch, seq].
     """
@@ -284,7 +296,7 @@ def packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
 
 
 def offsets_of(given: dict[str, Any]) -> dict[str, Tensor]:
-    """Of sequences that a model is given packed into one row, for an encoder that would not see their positions."""
+    """`cu_seq_lens_q` of sequences packed into one row, for an encoder that is not given their positions."""
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     row = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.size(0) == 1
     if not row or any(given.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q")):

@@ -107,6 +107,11 @@ class GraphedTraining:
         self._dropouts: list[nn.Dropout] = []
         self._flight: weakref.ref[_Flight] | None = None
 
+    def clear_if_moved(self) -> None:
+        """Gives the memory back if the parameters that graphs were recorded with are not the module's any more."""
+        if self._watch is not None and self._watch.moved():
+            self.clear()
+
     def _forget_graphs(self) -> None:
         if getattr(self, "_engine", None) is not None:
             self._engine.wait()
@@ -148,14 +153,15 @@ class GraphedTraining:
         self._flight = weakref.ref(flight)
         scalars = (encoder.temperature, encoder.noise)
         out, skim_loss, keep, logit = _Replay.apply(flight, scalars, hidden, cu_seqlens, *self._parameters)
-        places = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
+        rows = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
         logits = [None] * len(keep) if encoder.predictors is None else logit
-        layers = [LayerDecisions(places, cu_seqlens, k, x) for k, x in zip(keep, logits, strict=True)]
+        layers = [LayerDecisions(rows, cu_seqlens, k, x) for k, x in zip(keep, logits, strict=True)]
         return TrainingResult(out, layers, skim_loss)
 
     def _why_not(self, module: nn.Module, encoder: TrainingEncoder, hidden: Tensor) -> str | None:
         device = hidden.device.type
         if device not in ENGINES:
+            self.clear_if_moved()
             return f"the model is on {hidden.device}"
         if not torch.is_grad_enabled():
             return "gradients are off"
@@ -178,7 +184,7 @@ class GraphedTraining:
     def _why_not_these(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_replica", False):
             return "nn.DataParallel makes new parameters for every step"
-        if self._watch is None or self._watch.moved():
+        if self._watch is None or self._watch.moved() or (self._engine is not None and self._engine.is_stale()):
             self.clear()
             self._watch, self._parameters = Watch(module), list(module.parameters())
             self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]

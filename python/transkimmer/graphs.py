@@ -102,15 +102,16 @@ class GraphedForward:
         predictors: Any = self._encoder._modules["skim_predictors"]
         try:  # by the dictionaries: attributes of modules are looked up in Python
             weight: Any = predictors._modules["0"]._modules["fc"]._parameters["weight"]
-        except KeyError:  # pruned, parametrised
-            weight = predictors[0].fc.weight
+        except KeyError:  # pruned, parametrised, wrapped
+            weight = next(predictors.parameters())
         return weight.device
 
     def _positions(self) -> int:
         """Tokens that a sequence may have, looked up once per set of weights."""
-        if self._longest is None:
-            self._longest = _longest(self._model)
-        return self._longest
+        longest = self._longest  # another thread may forget it meanwhile
+        if longest is None:
+            longest = self._longest = _longest(self._model)
+        return longest
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         how = self._run_eagerly if torch.compiler.is_compiling() else self._by_graph
@@ -179,11 +180,11 @@ class GraphedForward:
         if self.mode == "off":
             return "cuda_graphs is 'off'"
         if device.type not in ENGINES:
-            if len(self.cache):
-                self.release()  # they hold weights that the model has moved from
+            if self._watch is not None:
+                self.release()  # it holds weights that the model has moved from
             return f"the model is on {device}"
         if self._model.training or self._encoder.training:
-            if len(self.cache):
+            if self._watch is not None:
                 self.release()  # training changes the weights, and wants the memory
             return "the model is in training mode"
         if torch.is_grad_enabled():
@@ -324,8 +325,9 @@ def _checked(inputs: Tensors, device: torch.device, longest: int) -> Request | s
 
 def _longest(model: Any) -> int:
     """Tokens that a sequence may have; RoBERTa counts positions from behind its padding's."""
-    positions = model.base_model.embeddings.position_embeddings
-    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    embeddings = model.base_model.embeddings
+    padding = vars(embeddings).get("padding_idx")
+    return embeddings.position_embeddings.num_embeddings - (0 if padding is None else padding + 1)
 
 
 class _StaticForward:

@@ -1,7 +1,7 @@
 """The skim loss on its way from the encoder to the loss that a model is trained by.
 
-A head's loss is raised by it where a forward makes one. Whoever computes a loss from the outputs instead adds it there:
-`SkimTrainer` does, anybody else by `model.skimming.penalty`.
+If the model's forward returns a loss, the penalty is added to it. If the loss is computed outside, the caller adds the
+penalty: `SkimTrainer` does, other code calls `model.skimming.penalty`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from .config import SkimConfig
 from .records import current_records
 
 # Context variables, so that threads do not mix theirs up.
-_left: ContextVar[list[Tensor] | None] = ContextVar("transkimmer_left", default=None)
+_reported: ContextVar[list[Tensor] | None] = ContextVar("transkimmer_reported", default=None)
 _unclaimed: ContextVar[tuple[list[Tensor], bool] | None] = ContextVar("transkimmer_unclaimed", default=None)
 
 
-def leave_skim_loss(loss: Tensor | None, config: SkimConfig) -> None:
-    """From an encoder in training, for the forward of the model that it is in."""
+def report_skim_loss(loss: Tensor | None, config: SkimConfig) -> None:
+    """Called by an encoder in training; the forward of the model around it takes the loss over."""
     if loss is None:
         return
-    if (left := _left.get()) is not None:
-        left.append(loss)
+    if (reported := _reported.get()) is not None:
+        reported.append(loss)
     else:  # a part of a model, called by itself
         _warn_of(config.penalty(loss), config)
 
 
 @contextmanager
 def unclaimed_penalties(*, all_of_them: bool) -> Iterator[list[Tensor]]:
-    """Collects, inside the block, what forwards whose output has no loss would have added to it.
+    """Collects, inside the block, the penalties of forwards whose output has no loss.
 
-    all_of_them: it is collected, and not added, where the output has a loss, too, since nobody will look at that.
+    all_of_them: also of those whose output has one, to which the penalty is then not added: the caller ignores it.
     """
     penalties: list[Tensor] = []
     token = _unclaimed.set((penalties, all_of_them))
@@ -50,17 +50,17 @@ def unclaimed_penalties(*, all_of_them: bool) -> Iterator[list[Tensor]]:
 
 
 def with_skim_loss(model: PreTrainedModel, run: Callable[[], Any]) -> Any:
-    """A forward of `model` in training, `run()`, its loss raised; by the mean, if the encoder ran several times."""
-    left: list[Tensor] = []
-    token = _left.set(left)
+    """A training forward of `model`, `run()`, with the penalty added to its loss; several encoder calls: the mean."""
+    losses: list[Tensor] = []
+    token = _reported.set(losses)
     try:
         output = run()
     finally:
-        _left.reset(token)
-    if not left:
+        _reported.reset(token)
+    if not losses:
         return output
     skimming: Any = model.skimming
-    penalty = skimming.config.penalty(torch.stack(left).mean())
+    penalty = skimming.config.penalty(torch.stack(losses).mean())
     collected, all_of_them = _unclaimed.get() or (None, False)
     if collected is not None and all_of_them:
         collected.append(penalty)
@@ -79,7 +79,7 @@ def with_skim_loss(model: PreTrainedModel, run: Callable[[], Any]) -> Any:
 
 
 def _warn_of(penalty: Tensor, config: SkimConfig) -> None:
-    """If `penalty` would be wanted and is lost."""
+    """Warns once if `penalty` is lost although training needs it."""
     if penalty.requires_grad and current_records() is None and config.skim_weight > 0:
         _warn()
 

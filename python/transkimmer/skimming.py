@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 from transkimmer_kernels.runtime import GraphCache
 
-from .architectures import architecture_of, encoder_of, reads_first_token_only
+from .architectures import architecture_of, check_containers, encoder_of, reads_first_token_only
 from .config import SkimConfig
 from .embeddings import SkimmingEmbeddings
 from .encoder import ATTENTION_NAME, SkimmingEncoder, original_class, skimming_class
@@ -57,7 +58,10 @@ class Skimming:
 
     @property
     def enabled(self) -> bool:
-        """Whether tokens are skimmed; False runs the dense model, predictors left out, still without padding."""
+        """Whether tokens are skimmed; False runs the dense model, predictors left out, still without padding.
+
+        In training it then still has no dropout of attention probabilities; `remove_skimming` gives a dense baseline.
+        """
         return self._encoder.skim_enabled
 
     @enabled.setter
@@ -148,10 +152,10 @@ class Skimming:
         return self._forward.why_eager
 
     def penalty(self, records: Sequence[SkimRecord]) -> Tensor:
-        """What a loss of one's own is raised by, where a model makes none: a scalar, differentiable.
+        """The skim penalty to add to a custom loss, for models that return none: a differentiable scalar.
 
         Args:
-            records: of training forwards, from `record_skimming`; of several, the mean of their skim losses counts.
+            records: from `record_skimming`; the mean of the skim losses of their training forwards counts.
 
         Raises:
             ValueError: no training forward is among them.
@@ -191,13 +195,15 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     the same, and the skim loss is added to the model's loss. `remove_skimming` undoes it.
 
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ALBERT encoder with any head.
+        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ALBERT encoder with any head. Its config is
+            replaced by a copy, since models may share one.
         config: defaults to `SkimConfig()`. Fresh predictors keep every token until they are trained.
         kernels: "auto", "cpu", "triton", "cuda" or "reference"; can be changed later at `model.skimming.kernels`.
 
     Raises:
-        TypeError: `model` or `config` is something else.
-        ValueError: the model is of another architecture, a decoder, already skimming, or an argument is out of range.
+        TypeError: `model` or `config` is something else; a layer of the model has a forward of its own.
+        ValueError: the model is of another architecture, a decoder, already skimming, or a forward was set on its
+            instance; an argument is out of range.
         BackendUnavailable: `kernels` cannot run here; the message says why.
     """
     if not isinstance(model, PreTrainedModel):
@@ -207,30 +213,34 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
         raise TypeError(f"config={config!r:.80}: must be a SkimConfig or None, got {type(config).__name__}{hint}")
     architecture = architecture_of(model)
     check_kernels(kernels)
-    encoder = encoder_of(model)
+    base: Any = model.base_model
+    encoder, embeddings = encoder_of(model), base.embeddings
     if isinstance(encoder, SkimmingEncoder):
         raise ValueError("model: already has skimming; change model.skimming, or call remove_skimming first")
+    _check_forwards(model, encoder, embeddings)
     config = SkimConfig() if config is None else config
     config.check()
-    count = len(architecture.layers(encoder))
+    layers = architecture.layers(encoder)
+    for layer in layers:
+        check_containers(layer, architecture)
+    count = len(layers)
     weight = next(encoder.parameters())
     if weight.device.type != "meta":
         _kernels_for(encoder, kernels)
     saved = config.bind(count)
-    predictors = nn.ModuleList(
-        SkimPredictor(model.config.hidden_size, config.predictor_width, config.bias_init) for _ in range(count)
-    )
+    _own_config(model)
+    width = base.config.hidden_size
+    predictors = nn.ModuleList(SkimPredictor(width, config.predictor_width, config.bias_init) for _ in range(count))
     encoder.skim_predictors = predictors.to(device=weight.device, dtype=weight.dtype)
     encoder.skim_predictors.train(encoder.training)
     encoder.__class__ = skimming_class(type(encoder))
-    encoder.skim_model_config = model.config
+    encoder.skim_model_config = base.config
     encoder.skim_config = config
     encoder.skim_kernels = kernels
     encoder.skim_enabled = True
     encoder.skim_first_token_only = reads_first_token_only(model)
     encoder.skim_weights = WeightCache()
     encoder.skim_graphs = None
-    embeddings: Any = model.base_model.embeddings
     embeddings.__class__ = skimming_class(type(embeddings), SkimmingEmbeddings)
     embeddings.skim_encoder = (encoder,)
     forward = GraphedForward(model, encoder)
@@ -244,6 +254,29 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
     _forget_mixed_precision(model)
     return model
+
+
+def _check_forwards(model: Any, encoder: nn.Module, embeddings: nn.Module) -> None:
+    """ValueError if one of them has a forward that was set on the instance: skimming would never run, or that would."""
+    names = {"model": model, "its encoder": encoder, "its embeddings": embeddings}
+    for name, module in names.items():
+        forward = vars(module).get("forward")
+        # `Trainer` wraps a model's forward in autocast, and wraps the next one anew; unwrapped, it is the class's.
+        if "_original_forward" in vars(module) or getattr(forward, "__func__", None) is type(module).forward:
+            continue
+        if forward is not None:
+            raise ValueError(
+                f"model: {name} has a forward that was set on the instance, as hooks of accelerate's device_map and "
+                "torch.compile(module.forward) do; add skimming first, or remove them"
+            )
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives a model its own copy of a config that other models may have, too, since skimming changes it."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(vars(module).get("config"), PretrainedConfig):
+            module.config = copy.deepcopy(module.config, copies)
 
 
 def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:

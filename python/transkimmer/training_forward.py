@@ -51,11 +51,11 @@ class PackedSequences:
 class LayerDecisions:
     """What one layer decided on the n tokens that reached it.
 
-    places: int32 [n], their rows in the encoder's input; cu_seqlens: int32 [sequences + 1], offsets in these rows;
+    rows: int32 [n], their rows in the encoder's input; cu_seqlens: int32 [sequences + 1], offsets in these rows;
     keep: fp32 [n], 0 or 1, differentiable but in a graphed step; logit: fp32 [n], None where nothing was decided.
     """
 
-    places: Tensor
+    rows: Tensor
     cu_seqlens: Tensor
     keep: Tensor
     logit: Tensor | None
@@ -78,7 +78,7 @@ class TrainingEncoder:
     """Layers, their predictors (None: nothing is skimmed), and how they are run.
 
     temperature, noise: of the draws, see `straight_through_keep`.
-    recompute: feed-forward networks and predictors keep no activations, and compute them anew on the way back.
+    recompute: feed-forward networks and predictors keep no activations, and recompute them in the backward pass.
     first_token_only: nothing but the first tokens' final states is read. Pruned training then leaves a skimmed token
     out as a query, too, in the layer that skims it: its output there could only matter to a readout of it.
     """
@@ -97,20 +97,20 @@ class TrainingEncoder:
     def run(self, hidden: Tensor, sequences: PackedSequences) -> TrainingResult:
         """hidden: packed states [tokens, d]."""
         keep = hidden.new_ones(hidden.size(0), dtype=torch.float32)
-        places = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
-        present = _Present(hidden, hidden, keep, places, sequences)
+        rows = torch.arange(hidden.size(0), dtype=torch.int32, device=hidden.device)
+        present = _Present(hidden, hidden, keep, rows, sequences)
         result = TrainingResult(hidden, [])
-        left: list[_Left] = []
+        removed: list[_Removed] = []
         for index, layer in enumerate(self.layers):
             present, decided = self._decide(index, present)
             result.layers.append(decided)
-            keys, departure = present, self._departure(index, present)
-            if departure is not None and self.first_token_only:
-                present = _part(present, departure, left, self.kernels)
+            keys, split = present, self._split_by_decision(index, present)
+            if split is not None and self.first_token_only:
+                present = _remove_skimmed(present, split, removed, self.kernels)
             present = self._apply(layer, present, keys)
-            if departure is not None and not self.first_token_only:
-                present = _part(present, departure, left, self.kernels)
-        result.hidden = _in_place(present, left, sequences, self.kernels)
+            if split is not None and not self.first_token_only:
+                present = _remove_skimmed(present, split, removed, self.kernels)
+        result.hidden = _in_input_order(present, removed, sequences, self.kernels)
         return result
 
     def _decide(self, index: int, present: _Present) -> tuple[_Present, LayerDecisions]:
@@ -121,15 +121,15 @@ class TrainingEncoder:
             decided = straight_through_keep(logit, self.temperature, self.noise)
             # A skimmed token never comes back; the first token is never scored.
             present = replace(present, keep=present.keep * torch.where(present.sequences.first, 1.0, decided))
-        return present, LayerDecisions(present.places, present.sequences.cu_seqlens, present.keep, logit)
+        return present, LayerDecisions(present.rows, present.sequences.cu_seqlens, present.keep, logit)
 
-    def _departure(self, index: int, present: _Present) -> _Departure | None:
-        """Who leaves because of this layer; None: nobody, or nothing would be saved by it any more."""
+    def _split_by_decision(self, index: int, present: _Present) -> _Split | None:
+        """The tokens to remove because of this layer; None: there are none, or removing them would save nothing."""
         if self.predictors is None or not self.config.pruned_training:
             return None
         if index == len(self.layers) - 1 and not self.first_token_only:
             return None
-        return _departure(present, self.kernels)
+        return _split_by_decision(present, self.kernels)
 
     def _apply(self, layer: nn.Module, present: _Present, keys: _Present) -> _Present:
         """Runs a layer on the tokens `present`, which attend to `keys`."""
@@ -233,20 +233,20 @@ def _dropout(layer: nn.Module, path: str | None, x: Tensor) -> Tensor:
 class _Present:
     """The n tokens still in the batch.
 
-    hidden: [n, d]; final: [n, d], what would be read out of them now, the same values with other gradients;
-    keep: fp32 [n]; places: int32 [n], rows in the encoder's input.
+    hidden: [n, d]; final: [n, d], what a head would read now, the same values with other gradients;
+    keep: fp32 [n]; rows: int32 [n], rows in the encoder's input.
     """
 
     hidden: Tensor
     final: Tensor
     keep: Tensor
-    places: Tensor
+    rows: Tensor
     sequences: PackedSequences
 
 
 @dataclass(frozen=True)
-class _Departure:
-    """int32 rows of the tokens present: of those that stay, which `sequences` describes, and of those that leave."""
+class _Split:
+    """Row numbers, int32, of the tokens that stay (`sequences` describes them) and of those that leave."""
 
     staying: Tensor
     sequences: PackedSequences
@@ -255,15 +255,15 @@ class _Departure:
 
 
 @dataclass(frozen=True)
-class _Left:
-    """Final states [m, d] of tokens that are gone, and their rows in the encoder's input."""
+class _Removed:
+    """Final states [m, d] of removed tokens, and their rows in the encoder's input."""
 
     final: Tensor
-    places: Tensor
+    rows: Tensor
 
 
-def _departure(present: _Present, kernels: KernelSet) -> _Departure | None:
-    """None where everybody stays. The host waits for two numbers: how many stay, and in the longest sequence."""
+def _split_by_decision(present: _Present, kernels: KernelSet) -> _Split | None:
+    """None where every token stays. The host reads two numbers: how many stay, and the longest sequence's length."""
     rows = torch.arange(present.keep.numel(), dtype=torch.int32, device=present.keep.device)
     if rows.numel() == 0:
         return None
@@ -275,24 +275,26 @@ def _departure(present: _Present, kernels: KernelSet) -> _Departure | None:
     staying = staying[:count]
     leaving, leaving_cu_seqlens = kernels.compact(~stays, rows, cu_seqlens, False)
     sequences = PackedSequences(shorter, longest, present.sequences.first.index_select(0, staying))
-    return _Departure(staying, sequences, leaving[: rows.numel() - count], leaving_cu_seqlens)
+    return _Split(staying, sequences, leaving[: rows.numel() - count], leaving_cu_seqlens)
 
 
-def _part(present: _Present, departure: _Departure, left: list[_Left], kernels: KernelSet) -> _Present:
-    """Those who stay; those who leave are added to `left`."""
-    final = kernels.gather_rows(present.final, departure.leaving, departure.leaving_cu_seqlens)
-    left.append(_Left(final, present.places.index_select(0, departure.leaving)))
+def _remove_skimmed(present: _Present, split: _Split, removed: list[_Removed], kernels: KernelSet) -> _Present:
+    """The tokens that stay; those that leave are added to `removed`."""
+    final = kernels.gather_rows(present.final, split.leaving, split.leaving_cu_seqlens)
+    removed.append(_Removed(final, present.rows.index_select(0, split.leaving)))
     hidden, final, keep = (
-        kernels.gather_rows(x, departure.staying, departure.sequences.cu_seqlens)
+        kernels.gather_rows(x, split.staying, split.sequences.cu_seqlens)
         for x in (present.hidden, present.final, present.keep)
     )
-    return _Present(hidden, final, keep, present.places.index_select(0, departure.staying), departure.sequences)
+    return _Present(hidden, final, keep, present.rows.index_select(0, split.staying), split.sequences)
 
 
-def _in_place(present: _Present, left: Sequence[_Left], sequences: PackedSequences, kernels: KernelSet) -> Tensor:
-    """Everybody's final state [tokens, d], in the order of the encoder's input, which `sequences` describes."""
-    if not left:
+def _in_input_order(
+    present: _Present, removed: Sequence[_Removed], sequences: PackedSequences, kernels: KernelSet
+) -> Tensor:
+    """The final state of every token [tokens, d], in the order of the encoder's input, which `sequences` describes."""
+    if not removed:
         return present.final
-    places = torch.cat([*(gone.places for gone in left), present.places])
-    final = torch.cat([*(gone.final for gone in left), present.final])
-    return kernels.scatter_rows(final, places, sequences.cu_seqlens, places.numel())
+    rows = torch.cat([*(gone.rows for gone in removed), present.rows])
+    final = torch.cat([*(gone.final for gone in removed), present.final])
+    return kernels.scatter_rows(final, rows, sequences.cu_seqlens, rows.numel())

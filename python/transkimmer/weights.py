@@ -16,14 +16,25 @@ from transformers.activations import GELUActivation
 from transkimmer_kernels import KernelSet
 from transkimmer_kernels.runtime import LayerWeights, PredictorWeights
 
-from .architectures import Architecture, get
+from .architectures import Architecture, check_containers, get
 from .predictor import SkimPredictor
 
 
 @dataclass(frozen=True)
 class EncoderWeights:
+    """What inference runs on. dropouts: of the layers; inference leaves them out, so they have to be in eval mode."""
+
     layers: list[LayerWeights]
     predictors: list[PredictorWeights]
+    dropouts: list[nn.Dropout]
+
+    def check_dropouts(self) -> None:
+        """RuntimeError if the encoder is in eval mode and one of its dropouts is not."""
+        if any(dropout.training and dropout.p > 0 for dropout in self.dropouts):
+            raise RuntimeError(
+                "model: a dropout of the encoder is in training mode while the encoder is in eval mode; skimming "
+                "inference applies no dropout: call model.eval(), or use remove_skimming(model) to draw from dropout"
+            )
 
 
 class WeightCache:
@@ -151,7 +162,9 @@ def _prepare(
             if id(module) not in prepared:
                 prepared[id(module)] = _prepare_layer(module, architecture, kernels, dtype, split=False)
             layers.append(prepared[id(module)])
-    weights = EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors])  # type: ignore[arg-type]
+    paths = [path for path in (architecture.attention_dropout, architecture.ffn_dropout) if path is not None]
+    dropouts = [_plain(module, path, nn.Dropout) for module in dict.fromkeys(modules) for path in paths]
+    weights = EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors], dropouts)  # type: ignore[arg-type]
     if kernels.device_type == "cuda":
         with torch.cuda.device_of(weights.layers[0].qkv_weight):
             if not torch.cuda.is_current_stream_capturing():
@@ -163,12 +176,7 @@ def _prepare_layer(
     module: nn.Module, architecture: Architecture, kernels: KernelSet, dtype: torch.dtype, split: bool
 ) -> LayerWeights:
     def linear(path: str) -> tuple[Tensor, Tensor | None]:
-        part = get(module, path)
-        if type(part) is not nn.Linear:
-            raise TypeError(
-                f"model: {path} is a {type(part).__name__}; skimming inference takes plain nn.Linear layers "
-                "(merge adapters first)"
-            )
+        part = _plain(module, path, nn.Linear)
         return part.weight.to(dtype), None if part.bias is None else part.bias.to(dtype)
 
     def fuse(*paths: str) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +188,8 @@ def _prepare_layer(
         return kernels.pack_weight(weight), bias
 
     a = architecture
-    norm1, norm2 = get(module, a.norm1), get(module, a.norm2)
+    check_containers(module, a)
+    norm1, norm2 = _plain(module, a.norm1, nn.LayerNorm), _plain(module, a.norm2, nn.LayerNorm)
     qkv_weight, qkv_bias = fuse(a.key, a.value) if split else fuse(a.query, a.key, a.value)
     query_weight, query_bias = packed(a.query) if split else (None, None)
     out_weight, out_bias = packed(a.out)
@@ -208,12 +217,25 @@ def _prepare_layer(
     )
 
 
+def _plain(module: nn.Module, path: str, kind: type[nn.Module]) -> Any:
+    """The part of `module` at `path`; TypeError if calling it does more than PyTorch's own `kind` does."""
+    part = get(module, path)
+    if type(part) is kind and "forward" not in vars(part):
+        return part
+    what = f"a {type(part).__name__}" + (" with a forward of its own" if type(part) is kind else "")
+    raise TypeError(
+        f"model: {path} is {what}; skimming inference takes plain nn.{kind.__name__} layers (merge adapters first)"
+    )
+
+
 def is_exact_gelu(activation: object) -> bool:
     exact_module = isinstance(activation, nn.GELU) and activation.approximate == "none"
     return exact_module or type(activation) is GELUActivation or activation is nn.functional.gelu
 
 
 def _prepare_predictor(predictor: SkimPredictor, kernels: KernelSet, dtype: torch.dtype) -> PredictorWeights:
+    for name, kind in (("norm1", nn.LayerNorm), ("fc", nn.Linear), ("norm2", nn.LayerNorm), ("out", nn.Linear)):
+        _plain(predictor, name, kind)
     out_weight, out_bias = predictor.difference()
     return PredictorWeights(
         norm1_weight=predictor.norm1.weight.to(dtype),

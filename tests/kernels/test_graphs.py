@@ -240,6 +240,57 @@ def test_the_caller_waits_for_a_warm_up_that_fails(cuda: Cuda) -> None:
     assert cuda.current is cuda.callers and cuda.callers.waited_for == streams
 
 
+def test_a_failed_capture_makes_every_engine_of_its_device_stale(cuda: Cuda) -> None:
+    cuda.default_generators.append(Generator())
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    failing, beside, elsewhere = CudaEngine(devices[0]), CudaEngine(devices[0]), CudaEngine(devices[1])
+    with pytest.raises(ValueError, match=r"^fails$"):
+        failing.record(_fails)
+    assert failing.is_stale() and beside.is_stale() and not elsewhere.is_stale()
+    assert not CudaEngine(devices[0]).is_stale()
+
+
+def test_captures_take_turns(cuda: Cuda) -> None:
+    """One begins by waiting for the whole device, which would end another."""
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> dict[str, Tensor]:
+        entered.set()
+        assert leave.wait(60)
+        order.append("first")
+        return {}
+
+    def second() -> dict[str, Tensor]:
+        order.append("second")
+        return {}
+
+    device = torch.device("cuda", 0)
+    threads = [threading.Thread(target=CudaEngine(device).record, args=(run,)) for run in (first, second)]
+    threads[0].start()
+    assert entered.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and order == []
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "second"]
+
+
+def test_graphs_of_a_stale_engine_are_captured_anew() -> None:
+    engines = []
+
+    def new_engine() -> TapeEngine:
+        engines.append(TapeEngine(torch.device("cpu")))
+        return engines[-1]
+
+    cache = GraphCache(new_engine)
+    assert _ask(cache, 2, 1.0) == _ask(cache, 2, 1.0) and cache.captures == 1
+    engines[0].stale = True
+    assert len(_ask(cache, 2, 1.0)) == 1 and cache.captures == 2 and len(engines) == 2
+    assert len(_ask(cache, 2, 1.0)) == 1 and cache.captures == 2
+
+
 def test_threads_take_turns() -> None:
     cache = _cache(max_graphs=2)
     wrong: list[object] = []

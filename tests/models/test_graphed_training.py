@@ -412,6 +412,22 @@ def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch: pytest
     assert_step(model, BATCHES[0], why_eager="capturing failed: RuntimeError: no")
 
 
+def test_graphs_that_a_failed_capture_elsewhere_has_changed_are_captured_anew() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    former = model.skimming.training_graphs._engine
+    former.stale = True
+    assert_step(model, BATCHES[0])
+    assert model.skimming.training_graphs._engine is not former
+
+
+def test_a_model_that_is_moved_gives_the_memory_of_its_graphs_back() -> None:
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    model.double()
+    assert len(model.skimming.training_graphs) == 0 and model.skimming.training_graphs._watch is None
+
+
 def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transkimmer.graphed_training._MAX_GRAPHS", 2)
     model = graphed()

@@ -424,3 +424,14 @@ def test_a_forward_traced_with_fake_tensors_serves_every_batch(
         expected = model(**batch)
         for name, x in traced(batch["input_ids"], batch["attention_mask"]).items():
             assert torch.equal(x, expected[name])
+
+
+@torch.no_grad()
+def test_a_model_that_has_left_the_device_holds_nothing_there(tapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what was noted at the first forward of a size, when there is no graph yet."""
+    model = skimming()
+    model(**padded_inputs())
+    assert model.forward._watch is not None and len(model.skimming.graphs) == 0
+    monkeypatch.delitem(ENGINES, "cpu")
+    model(**padded_inputs())
+    assert model.forward._watch is None

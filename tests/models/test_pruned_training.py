@@ -37,7 +37,7 @@ Forward = tuple[Tensor, Tensor, dict[str, Tensor], SkimRecord]
 def oracle(encoder: TrainingEncoder, hidden: Tensor, sequences: PackedSequences) -> TrainingResult:
     """The unpruned forward in which a skimmed token's keep weight is a constant 0 after the layer that skims it."""
     keep, final = torch.ones(hidden.size(0)), hidden
-    places, result = torch.arange(hidden.size(0), dtype=torch.int32), TrainingResult(hidden, [])
+    rows, result = torch.arange(hidden.size(0), dtype=torch.int32), TrainingResult(hidden, [])
     assert encoder.predictors is not None
     for layer, predictor in zip(encoder.layers, encoder.predictors, strict=True):
         logit = predictor(hidden)
@@ -45,7 +45,7 @@ def oracle(encoder: TrainingEncoder, hidden: Tensor, sequences: PackedSequences)
         keep = torch.where(keep.detach() > 0.5, keep * decided, 0.0)
         hidden = encoder._layer(layer, hidden, sequences, hidden, keep, sequences)
         final = torch.lerp(final, hidden, keep.unsqueeze(-1))
-        result.layers.append(LayerDecisions(places, sequences.cu_seqlens, keep, logit))
+        result.layers.append(LayerDecisions(rows, sequences.cu_seqlens, keep, logit))
     result.hidden = final
     return result
 

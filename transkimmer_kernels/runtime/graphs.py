@@ -7,11 +7,11 @@ that nothing in a forward depends on a value on the device: lengths and masks ar
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class Engine(Protocol):
     def bytes_held(self) -> int:
         """Memory that everything recorded takes, outputs included."""
 
+    def is_stale(self) -> bool:
+        """Whether nothing that it recorded may be replayed any more."""
+
 
 class CudaEngine:
     """CUDA graphs of one device in one private pool of memory.
@@ -69,9 +72,14 @@ class CudaEngine:
     """
 
     WARM_UPS = 2
+    # A capture begins by synchronising the device, which would end another thread's.
+    _capturing = threading.Lock()
+    # Device -> captures that failed there, each of which has changed the generator under every graph that draws.
+    _failures: ClassVar[Counter[torch.device]] = Counter()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._failures_before = self._failures[device]
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
@@ -90,7 +98,7 @@ class CudaEngine:
                 torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], Tensors]) -> Captured:
-        with torch.cuda.device(self.device):
+        with self._capturing, torch.cuda.device(self.device):
             graph, stream, callers = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
             stream.wait_stream(callers)
             try:
@@ -99,6 +107,7 @@ class CudaEngine:
                     outputs = run()
             except BaseException:
                 # torch ends a capture before it goes back, and of one that is invalid it only raises.
+                self._failures[self.device] += 1
                 torch.cuda.set_stream(callers)
                 _end_capturing(self.device, self._pool)
                 raise
@@ -120,6 +129,9 @@ class CudaEngine:
     def bytes_held(self) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
+
+    def is_stale(self) -> bool:
+        return self._failures[self.device] != self._failures_before
 
 
 def _end_capturing(device: torch.device, pool: Any) -> None:
@@ -194,6 +206,8 @@ class GraphCache:
             GraphTooLarge: it would not fit into `max_bytes`, even alone.
         """
         with self.lock:
+            if self._engine is not None and self._engine.is_stale():
+                self.clear()
             if key not in self._held:
                 self._capture(key, make, request)
             self._held.move_to_end(key)
