@@ -20,6 +20,19 @@ _PARTS = {
 MODEL = ("config.json", "weights")
 
 
+def option_of(name: str) -> str:
+    """The option of a parameter: `--batch-size` of "batch_size"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """ValueError for the first of `least` that is below its value there; one that was not given, None, passes."""
+    for name, allowed in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < allowed:
+            raise ValueError(f"{option_of(name)} {value}: must be at least {allowed}")
+
+
 def check_outputs(arguments: argparse.Namespace, names: Iterable[str]) -> None:
     """Looks at the files that a command is to write, before it works for them.
 
@@ -103,7 +116,7 @@ def as_option(message: str, arguments: argparse.Namespace) -> str:
     value = None if found is None else getattr(arguments, found[1], None)
     if found is None or value is None:
         return message
-    return f"--{found[1].replace('_', '-')} {value}: {message[found.end() :]}"
+    return f"{option_of(found[1])} {value}: {message[found.end() :]}"
 
 
 def say_defaults(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,63 @@ def test_what_is_stored_is_what_was_measured(tmp_path: Path, arguments: list[str
     dense, published = (load_file(tmp_path / place / "model.safetensors") for place in ("work/dense", "backbone"))
     embeddings = [name for name in published if "embeddings" in name]
     assert embeddings and all(torch.equal(dense[name], published[name]) for name in embeddings)
+
+
+def test_a_run_that_cannot_be_calibrated_leaves_what_was_there(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    for name in (model.WEIGHTS, model.FIGURES):
+        (demo / name).write_text(f"old {name}", encoding="utf-8")
+
+    def out_of_reach(*_: object) -> float:
+        raise ValueError("flops_speedup=1.1: skims to 1.00 at most")
+
+    monkeypatch.setattr("transkimmer.training.calibrate", out_of_reach)
+    assert main(arguments) == 2
+    assert "skims to 1.00 at most" in capsys.readouterr().err
+    left = {path.name: path.read_text(encoding="utf-8") for path in demo.iterdir()}
+    assert left == {name: f"old {name}" for name in (model.WEIGHTS, model.FIGURES)}
+
+
+@pytest.mark.parametrize("full", ["never", model.WEIGHTS, model.FIGURES])
+def test_both_files_are_replaced_or_none(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("new", "old"):
+        (tmp_path / folder).mkdir()
+        for name in (model.WEIGHTS, model.FIGURES):
+            (tmp_path / folder / name).write_text(folder, encoding="utf-8")
+    copyfile = shutil.copyfile
+
+    def copy(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if source.name == full:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with nullcontext() if full == "never" else pytest.raises(OSError, match="no space"):
+        train._move(tmp_path / "new", tmp_path / "old")
+    found = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "old").iterdir()}
+    assert found == dict.fromkeys((model.WEIGHTS, model.FIGURES), "new" if full == "never" else "old")
+
+
+def test_a_trial_run_does_not_replace_the_packages_own_weights(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "FOLDER", tmp_path / "package")
+    start = [word for word in arguments if word not in ("--output", str(tmp_path / "demo"))]
+    for given, limit, message in (
+        (arguments, "-5", "--limit -5: must be at least 1"),
+        (arguments, "0", "--limit 0: must be at least 1"),
+        (start, "5", "--limit 5: a trial run must not replace the package's own weights; give another --output"),
+        ([*start, "--output", str(tmp_path / "x/../package")], "5", "--limit 5: a trial run must not replace"),
+    ):
+        assert main([*given, "--limit", limit]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "package").exists() and not (tmp_path / "work").exists()
+    assert main([*arguments, "--limit", "30"]) == 0
+    assert stored_figures(tmp_path / "demo")["train_sentences"] == 30
+    assert [path.name for path in (tmp_path / "work").iterdir() if "demo" in path.name] == []
 
 
 def test_a_dense_model_of_an_earlier_run_leads_to_the_same(tmp_path: Path, arguments: list[str]) -> None:

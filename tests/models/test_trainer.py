@@ -79,6 +79,19 @@ def test_the_sampler_of_lengths_is_told_its_epoch(tmp_path: Path) -> None:
     assert orders[1] == orders[3] and len(set(orders)) > 1
 
 
+def test_batches_are_drawn_from_the_seed(tmp_path: Path) -> None:
+    many = [{**row, "labels": 0} for row in rows() for _ in range(16)]
+
+    def order(**options: Any) -> list[int]:
+        how = arguments(TrainingArguments, tmp_path, train_sampling_strategy="group_by_length", **options)
+        trainer = SteadyTrainer(model=tiny("bert", "sequence"), args=how, train_dataset=many)
+        return list(trainer._get_train_sampler(trainer.train_dataset))
+
+    assert order(seed=1) == order(seed=1) != order(seed=2)
+    assert order(seed=1, data_seed=3) == order(seed=2, data_seed=3) != order(seed=1)
+    assert sorted(order(seed=1)) == list(range(64))
+
+
 def test_replicas_are_put_together_by_device() -> None:
     parts: list[Any] = [SimpleNamespace(device=torch.device("cuda", index)) for index in (2, 0, 1)]
     assert [part.device.index for part in in_order(parts)] == [0, 1, 2]

@@ -25,8 +25,7 @@ from transkimmer.training.run import Run, hold_out
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
 
-QUICK = ["--batch-size", "8", "--epochs", "3", "--dense-epochs", "2", "--save-steps", "4"]
-QUICK += ["--flops-speedup", "1", "--bias-init", "1"]
+QUICK = ["--batch-size", "8", "--epochs", "3", "--save-steps", "4", "--bias-init", "1"]
 QUICK += ["--max-length", "8"]  # which cuts some texts, and is what `evaluate` cuts them to then
 
 
@@ -53,8 +52,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(backbone: Path, data: Path, output: Path, *options: str, task: str = "sst2") -> int:
-    arguments = ["train", "--task", task, "--data", str(data), "--backbone", str(backbone), "--output", str(output)]
-    return main([*arguments, *QUICK, *options])
+    """With what `QUICK` says, and what else is read beside `options`."""
+    arguments = ["train", "--task", task, "--data", str(data), "--output", str(output), *QUICK]
+    arguments += [] if "--dense" in options else ["--backbone", str(backbone)]
+    arguments += [] if {"--dense", "paper", "published"} & set(options) else ["--dense-epochs", "2"]
+    arguments += [] if "--calibration" in options else ["--flops-speedup", "1"]
+    return main([*arguments, *options])
 
 
 def test_a_run_from_start_to_finish(

@@ -151,6 +151,22 @@ def test_known_broken_rows_are_left_out_and_told(tmp_path: Path) -> None:
         assert load_split(TASKS["qqp"], "train", tmp_path) == examples_of(rows)
 
 
+def test_development_rows_of_a_file_that_holds_both_are_left_out(tmp_path: Path) -> None:
+    """GLUE's development rows of MRPC are some of Microsoft's training rows."""
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    rows = ["1\t1\t2\tHe said.\tSaid he.\n", "0\t3\t4\tIt fell.\tIt rose. \n", "1\t5\t6\tHe said.\tHe did.\n"]
+    path = write(tmp_path, "msr_paraphrase_train.txt", "\ufeff" + header + "".join(rows))
+    texts = [("He said.", 1, "Said he."), ("It fell.", 0, "It rose. "), ("He said.", 1, "He did.")]
+    examples = examples_of(texts)
+    assert load_split(TASKS["mrpc"], "train", tmp_path) == examples
+    dev = write(tmp_path, "dev.tsv", header + rows[1].replace(" \n", "\n"))
+    with pytest.warns(UserWarning, match=f"{path}: 1 rows left out, which are development rows in {dev}"):
+        assert load_split(TASKS["mrpc"], "train", tmp_path) == [examples[0], examples[2]]
+    assert len(load_split(TASKS["mrpc"], "dev", tmp_path)) == 1
+    write(tmp_path, "train.tsv", header + rows[1])  # GLUE's own is taken as it is
+    assert load_split(TASKS["mrpc"], "train", tmp_path) == [examples[1]]
+
+
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none: no such folder"):
         load_split(TASKS["rte"], "train", tmp_path / "none")
@@ -225,3 +241,9 @@ def test_metrics() -> None:
     assert score(numbers, numbers**3, ("spearman",)) == {"spearman": pytest.approx(1.0)}
     assert score(numbers, 2 * numbers + 1, ("pearson",)) == {"pearson": pytest.approx(1.0)}
     assert score(numbers, torch.ones(4), ("pearson", "spearman")) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_a_single_row_correlates_with_nothing() -> None:
+    """A small data set holds out no more, which is no reason to fail after all the training."""
+    one = torch.tensor([3.5])
+    assert score(one, one, ("pearson", "spearman")) == {"pearson": 0.0, "spearman": 0.0}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from ..arguments import check_least
 from ..config import SkimConfig
 from ..data import Example, TokenizedExamples, padded_batches, sample_path
 from ..skimming import CONFIG_KEY, add_skimming, skimming_of
@@ -63,13 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=FOLDER, help="folder for the weights and figures; default: the package's own"
     )
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for the dense model and logs")
-    parser.add_argument("--limit", type=int, default=None, help="train on the first N sentences only (a trial run)")
+    parser.add_argument("--limit", type=int, default=None, help="train on N sentences only (a trial run)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains both models and writes weights and figures to `--output`."""
+    """Trains both models in `--work` and, when all is done, moves weights and figures to `--output`."""
     from ..training import calibrate  # needs accelerate, which only training does
 
+    check_least(arguments, limit=1)
+    if arguments.limit is not None and arguments.output.resolve() == FOLDER.resolve():
+        raise ValueError(
+            f"--limit {arguments.limit}: a trial run must not replace the package's own weights; give another --output"
+        )
     recipe = Recipe()
     sentences = read_table(arguments.data, TEXT_TASKS["sst2"])
     random.Random(0).shuffle(sentences)
@@ -79,7 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--data {arguments.data}: needs more than {recipe.held_out} sentences, has {len(sentences)}")
     tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
     train, held_out = sentences[recipe.held_out :], sentences[: recipe.held_out]
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    stage = arguments.work / "demo"
+    for folder in (arguments.output, stage):
+        folder.mkdir(parents=True, exist_ok=True)
 
     dense = _dense_model(train, tokenizer, recipe, arguments.work / "dense")
     long = [sentence for sentence in train if len(sentence.text.split()) >= recipe.min_words]
@@ -88,16 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
     figures.update(_figures(dense, tokenizer, held_out, prefix="dense_"))
     model = _train_skimming(dense, long, teacher_logits, tokenizer, recipe, arguments.work / "skimming")
     figures[CONFIG_KEY] = skimming_of(model).config.to_dict()
-    _save_weights(model, arguments.output)
-    _write_figures(figures, arguments.output)
+    _save_weights(model, stage)
+    _write_figures(figures, stage)
     # What is calibrated and evaluated is what is stored: fp16 weights, loaded anew, without the Trainer's autocast.
-    stored, _ = load_demo(folder=arguments.output)
+    stored, _ = load_demo(folder=stage)
     held_out_batches = list(padded_batches(TokenizedExamples(held_out, tokenizer), tokenizer, 64, sort=True))
     figures["calibration_shift"] = calibrate(stored, held_out_batches, recipe.flops_speedup)
-    _save_weights(stored, arguments.output)
-    stored, _ = load_demo(folder=arguments.output)
+    _save_weights(stored, stage)
+    stored, _ = load_demo(folder=stage)
     figures.update(_figures(stored, tokenizer, held_out, prefix=""))
-    _write_figures(figures, arguments.output)
+    _write_figures(figures, stage)
+    _move(stage, arguments.output)
     print(json.dumps(figures, indent=2))
     return 0
 
@@ -109,6 +120,20 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def _write_figures(figures: dict[str, Any], folder: Path) -> None:
     (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _move(stage: Path, output: Path) -> None:
+    """Both files are copied, which may fail, before either takes the place of an old one."""
+    partial = {name: output / f".{name}.partial" for name in (WEIGHTS, FIGURES)}
+    try:
+        for name, copy in partial.items():
+            shutil.copyfile(stage / name, copy)
+        for name, copy in partial.items():
+            os.replace(copy, output / name)
+    finally:
+        for copy in partial.values():
+            copy.unlink(missing_ok=True)
+    shutil.rmtree(stage)
 
 
 def _dense_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -28,18 +29,21 @@ def _matthews(labels: Tensor, predictions: Tensor) -> float:
 def _pearson(labels: Tensor, predictions: Tensor) -> float:
     from scipy.stats import pearsonr
 
-    return _defined(pearsonr(labels.numpy(), predictions.numpy()).statistic)
+    return _correlation(pearsonr, labels, predictions)
 
 
 def _spearman(labels: Tensor, predictions: Tensor) -> float:
     from scipy.stats import spearmanr
 
-    return _defined(spearmanr(labels.numpy(), predictions.numpy()).statistic)
+    return _correlation(spearmanr, labels, predictions)
 
 
-def _defined(correlation: float) -> float:
-    """A constant prediction correlates with nothing."""
-    return 0.0 if math.isnan(correlation) else float(correlation)
+def _correlation(measure: Callable[..., Any], labels: Tensor, predictions: Tensor) -> float:
+    """A constant prediction correlates with nothing, and so does a single one, which SciPy may refuse."""
+    if labels.numel() < 2:
+        return 0.0
+    found = float(measure(labels.numpy(), predictions.numpy()).statistic)
+    return 0.0 if math.isnan(found) else found
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {

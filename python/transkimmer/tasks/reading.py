@@ -36,7 +36,10 @@ def load_split(task: Task, split: str, folder: str | os.PathLike[str] | None = N
     if isinstance(task, QuestionTask):
         return read_questions(path, unanswerable=task.has_unanswerable)
     assert isinstance(task, TextTask)
-    return read_folder_per_class(path, task) if path.is_dir() else read_table(path, task)
+    examples = read_folder_per_class(path, task) if path.is_dir() else read_table(path, task)
+    if split == "train" and path.name.removesuffix(".xz") in task.holds_dev:
+        return _without_dev(examples, path, task, Path(folder))
+    return examples
 
 
 def read_table(path: Path, task: TextTask) -> list[Example]:
@@ -80,6 +83,25 @@ def read_folder_per_class(path: Path, task: TextTask) -> list[Example]:
     if not examples:
         raise ValueError(f"{path}: has no rows")
     return examples
+
+
+def _without_dev(examples: list[Example], path: Path, task: TextTask, folder: Path) -> list[Example]:
+    """The rows whose texts are not those of a development row, where there are development rows to be judged on."""
+    try:
+        dev = _find(task, "dev", folder)
+    except FileNotFoundError:
+        return examples
+    judged_on = {_texts(example) for example in read_table(dev, task)}
+    kept = [example for example in examples if _texts(example) not in judged_on]
+    if len(kept) < len(examples):
+        warnings.warn(
+            f"{path}: {len(examples) - len(kept)} rows left out, which are development rows in {dev}", stacklevel=3
+        )
+    return kept
+
+
+def _texts(example: Example) -> tuple[str, str]:
+    return example.text.strip(), (example.pair or "").strip()
 
 
 def _find(task: Task, split: str, folder: Path) -> Path:
@@ -133,7 +155,7 @@ def _from_hub(task: Task, split: str) -> list[Any]:
         raise ValueError(
             f"{task.title}: without --data it is read from the hub, which needs: pip install transkimmer[train]"
         ) from None
-    name = "/".join(task.hub)
+    name = task.hub_name
     try:
         rows = datasets.load_dataset(*task.hub, split=task.hub_splits[split])
     except Exception as error:  # whatever the hub's client raises: offline, no such data set, no disk space

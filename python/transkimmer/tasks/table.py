@@ -45,6 +45,11 @@ class Task:
         """The metric that is compared."""
         return self.metrics[0]
 
+    @property
+    def hub_name(self) -> str:
+        """What the hub's rows are called in errors and in `run.json`."""
+        return "/".join(self.hub)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Task):
@@ -58,6 +63,7 @@ class TextTask(Task):
         file_labels: class number by what the file says; None: the numbers 0, 1, ... themselves.
         score_range: of a predicted number.
         skips_short_rows: whether the official file is known to have a few broken rows, which are left out.
+        holds_dev: names of `files` of the training rows that hold the development rows as well, which are left out.
     """
 
     hub_columns: tuple[str, ...]
@@ -66,6 +72,7 @@ class TextTask(Task):
     file_labels: Mapping[str, int] | None = None
     score_range: tuple[float, float] = (0.0, 5.0)
     skips_short_rows: bool = False
+    holds_dev: tuple[str, ...] = ()
 
     @property
     def is_regression(self) -> bool:
@@ -172,6 +179,7 @@ TEXT_TASKS: dict[str, TextTask] = {
                 "test": ("msr_paraphrase_test.txt",),
             },
             hub_splits=_GLUE_SPLITS | {"test": "test"},
+            holds_dev=("msr_paraphrase_train.txt",),  # 4076 rows: GLUE's 3668 and its 408 development rows
             paper_epochs=5,
         ),
         TextTask(
@@ -253,7 +261,7 @@ TEXT_TASKS: dict[str, TextTask] = {
         TextTask(
             name="20news",
             title="20News",
-            hub=("SetFit/20_newsgroups",),
+            hub=("SetFit/20_newsgroups",),  # without headers, footers and quotes, which the files have
             hub_columns=("text", "label"),
             classes=_NEWSGROUPS,
             metrics=("accuracy",),

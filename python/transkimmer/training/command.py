@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..arguments import MODEL, check_folder, check_pretrained
+from ..arguments import MODEL, check_folder, check_least, check_pretrained, option_of
 from ..skimming import CONFIG_KEY
 from ..tasks import TASKS, task_named
-from .recipe import CALIBRATIONS, DENSE_SETTINGS, MODES, Recipe, option_of, recipe_of
+from .recipe import CALIBRATIONS, DENSE_SETTINGS, DENSE_STAGE, DISTILLATION, MODES, Recipe, recipe_of
 
+BACKBONE = "bert-base-uncased"
 BY_MODE = "the mode's"
 # Option -> (type, help, default where it is not `Recipe`'s in every mode).
 OPTIONS: dict[str, tuple[type, str, str | None]] = {
@@ -49,7 +52,7 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
-    parser.add_argument("--backbone", default="bert-base-uncased", help="pretrained encoder: folder or hub name")
+    parser.add_argument("--backbone", help=f"pretrained encoder: folder or hub name; default: {BACKBONE}")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, run.json and checkpoints")
     parser.add_argument(
         "--mode",
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MODES[0],
         help="docs/training.md says what each does and takes where an option is not given",
     )
-    parser.add_argument("--dense", type=Path, help="start from this dense fine-tune instead of making one")
+    parser.add_argument("--dense", type=Path, help="start from this dense fine-tune, not from --backbone")
     parser.add_argument(
         "--calibration",
         choices=CALIBRATIONS,
@@ -93,34 +96,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # These need accelerate, which only training does.
     from accelerate import PartialState
-    from transformers import AutoConfig
 
     from .output import prepare_output, summary
     from .run import RUN, Run
 
     task = task_named(arguments.task)
     names = {field.name for field in dataclasses.fields(Recipe)} - {"mode"}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    for name, value in given.items():
-        if arguments.mode == "dense" and value is not None and name not in DENSE_SETTINGS:
-            allowed = ", ".join(mode for mode in MODES if mode != "dense")
-            raise ValueError(f"{option_of(name)} {value}: is of skimming; --mode must be one of {allowed}")
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     recipe = recipe_of(arguments.mode, task, **given)
-    if arguments.save_steps is not None and arguments.save_steps < 1:
-        raise ValueError(f"--save-steps {arguments.save_steps}: must be at least 1")
-    needed = (*MODEL, "tokenizer")
-    if arguments.dense is not None:
-        allowed = "a folder with a dense fine-tune"
-        check_folder("--dense", str(arguments.dense), needed, allowed)
-        if hasattr(AutoConfig.from_pretrained(arguments.dense), CONFIG_KEY):
-            raise ValueError(f"--dense {arguments.dense}: is a skimming model; must be {allowed}")
-        if recipe.mode != "dense" and not recipe.warm_start:
-            raise ValueError(f"--dense {arguments.dense}: --mode {recipe.mode} starts from --backbone; leave it out")
-    else:
-        check_pretrained("--backbone", arguments.backbone, needed)
-        if hasattr(AutoConfig.from_pretrained(arguments.backbone), CONFIG_KEY):
-            raise ValueError(f"--backbone {arguments.backbone}: is a skimming model; must be a dense one")
-    places = (arguments.backbone, arguments.output, arguments.data, arguments.dense)
+    check_least(arguments, save_steps=1)
+    _check_read(recipe, given, arguments.dense)
+    _check_start(recipe, arguments.backbone, arguments.dense)
+    backbone = None if arguments.dense is not None else arguments.backbone or BACKBONE
+    places = (backbone, arguments.output, arguments.data, arguments.dense)
     job = Run(task, recipe, *places, arguments.save_steps, arguments.cuda_graphs)
     prepare_output(job, arguments.resume)
     document = job.carry_out()
@@ -128,3 +116,43 @@ def run(arguments: argparse.Namespace) -> int:
         print(summary(document))
         print(f"wrote {arguments.output / RUN}")
     return 0
+
+
+def _check_start(recipe: Recipe, backbone: str | None, dense: Path | None) -> None:
+    """Sees to it that there is a dense model to start from, and only one; None: not given."""
+    from transformers import AutoConfig
+
+    needed = (*MODEL, "tokenizer")
+    if dense is None:
+        backbone = BACKBONE if backbone is None else backbone
+        check_pretrained("--backbone", backbone, needed)
+        if hasattr(AutoConfig.from_pretrained(backbone), CONFIG_KEY):
+            raise ValueError(f"--backbone {backbone}: is a skimming model; must be a dense one")
+        return
+    allowed = "a folder with a dense fine-tune"
+    check_folder("--dense", str(dense), needed, allowed)
+    if hasattr(AutoConfig.from_pretrained(dense), CONFIG_KEY):
+        raise ValueError(f"--dense {dense}: is a skimming model; must be {allowed}")
+    if not recipe.warm_start:
+        raise ValueError(f"--dense {dense}: --mode {recipe.mode} starts from --backbone; leave it out")
+    if backbone is not None:
+        raise ValueError(f"--backbone {backbone}: the run starts from --dense {dense}; leave one of them out")
+
+
+def _check_read(recipe: Recipe, given: Mapping[str, Any], dense: Path | None) -> None:
+    """Raises ValueError for an option given that this run would not read."""
+    for name, value in given.items():
+        option = f"{option_of(name)} {value}"
+        if recipe.mode == "dense" and name not in DENSE_SETTINGS:
+            allowed = ", ".join(mode for mode in MODES if mode != "dense")
+            raise ValueError(f"{option}: is of skimming; --mode must be one of {allowed}")
+        if name in DENSE_STAGE and dense is not None:
+            raise ValueError(f"{option}: is of a dense fine-tune, which --dense {dense} is already; leave it out")
+        if name in (*DENSE_STAGE, *DISTILLATION) and not recipe.warm_start:
+            what = "dense fine-tune" if name in DENSE_STAGE else "dense fine-tune to distil from"
+            raise ValueError(f"{option}: --mode {recipe.mode} makes no {what}; leave it out")
+    if "flops_speedup" in given and not recipe.aim and recipe.calibration != "speedup":
+        raise ValueError(
+            f"--flops-speedup {recipe.flops_speedup}: is neither aimed at nor calibrated to, without --aim and with "
+            f"--calibration {recipe.calibration}; leave it out"
+        )

@@ -104,7 +104,7 @@ class ForwardDifference:
     """How far the training forward and removal lie apart.
 
     Attributes:
-        max_difference, max_logit: largest difference of a logit, and largest logit.
+        max_difference, max_logit: largest difference of a logit, and largest logit; NaN where a logit is.
         agreement: share of rows with the same class, or classes; None where the output is a number.
         metrics: of the training forward, as the judge gives them.
     """
@@ -121,7 +121,7 @@ def training_forward_difference(
 ) -> ForwardDifference:
     """Compares logits of the training forward, its noise and dropout off, with those of real removal."""
     was_training = model.training
-    difference, largest, same, total, outputs = 0.0, 0.0, 0, 0, 0
+    largest, same, total, outputs = torch.zeros(2, dtype=torch.float64), 0, 0, 0
     try:
         with deciding(model, "threshold"):
             for batch in batches:
@@ -131,15 +131,16 @@ def training_forward_difference(
                 if judge is not None:
                     judge.see(batch, output)
                 masked = logits_in(output)
-                difference = max(difference, float((masked - removed).abs().max()))
-                largest = max(largest, float(removed.abs().max()))
+                found = torch.stack([(masked - removed).abs().max(), removed.abs().max()])
+                largest = torch.maximum(largest, found.cpu().double())  # Python's max would lose a NaN
                 same += int((masked.argmax(-1) == removed.argmax(-1)).view(removed.size(0), -1).all(1).sum())
                 total += removed.size(0)
                 outputs = removed.size(-1)
     finally:
         model.train(was_training)
     agreement = None if outputs == 1 else same / max(total, 1)
-    return ForwardDifference(difference, largest, agreement, {} if judge is None else judge.metrics())
+    difference, logit = largest.tolist()
+    return ForwardDifference(difference, logit, agreement, {} if judge is None else judge.metrics())
 
 
 def _training_forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:

@@ -22,7 +22,7 @@ from transkimmer_kernels.files import write_whole
 
 from ..architectures import layer_count
 from ..arguments import MODEL as FILES
-from ..arguments import check_folder, check_outputs
+from ..arguments import check_folder, check_least, check_outputs, option_of
 from ..bench import picture, show
 from ..bench.contenders import KEEP_ALL, SKIMMING, contenders
 from ..bench.environment import environment
@@ -39,13 +39,18 @@ from .recipe import MODEL, SETTINGS, recipe_of
 
 SHOWN, DRAWN = 16, 8
 OUTPUTS = ("json", "markdown", "answers", "html", "png")
+NEED_SKIMMING = ("check_training_forward", "html", "png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a trained model, or a run's --output")
     parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, help="folder with the task's official files; default: from the hub")
-    parser.add_argument("--split", default="dev", help="dev, train, of some tasks others")
+    parser.add_argument(
+        "--split",
+        default="dev",
+        help="dev, train, of some tasks others; dev of 20News, of IMDB and of Yelp from the hub is their test split",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="rows at a time")
     parser.add_argument(
         "--max-length", type=int, help="tokens; default: that of the run in --model, of another folder 512, SQuAD 384"
@@ -73,10 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     task = task_named(arguments.task)
-    for name, least in (("batch_size", 1), ("repeats", 0), ("threads", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    check_least(arguments, batch_size=1, repeats=0, threads=1)
     splits = task.hub_splits if arguments.data is None else task.files
     if arguments.split not in splits:
         raise ValueError(f"--split {arguments.split}: must be one of {', '.join(splits)} for {task.title}")
@@ -93,6 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.answers is not None and not isinstance(kind, QuestionKind):
         raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
     model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
+    for name in NEED_SKIMMING:
+        if (value := getattr(arguments, name)) and not predictor_width(model):
+            raise ValueError(f"{option_of(name)}{'' if value is True else f' {value}'}: the model does not skim")
     examples = load_split(task, arguments.split, arguments.data)
     max_length = recipe.longest(model.config)
     rows = kind.rows(examples, tokenizer, max_length, arguments.batch_size)
@@ -239,8 +244,6 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
 def _write_html(
     path: Path, model: PreTrainedModel, tokenizer: Any, kind: Kind, examples: Sequence[Any], max_length: int
 ) -> None:
-    if not predictor_width(model):
-        raise ValueError(f"--html {path}: the model does not skim")
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=150, file=nowhere)
         if isinstance(kind, QuestionKind):
@@ -256,8 +259,6 @@ def _write_html(
 def _draw(
     path: Path, model: PreTrainedModel, tokenizer: Any, kind: Kind, examples: Sequence[Any], max_length: int
 ) -> None:
-    if not predictor_width(model):
-        raise ValueError(f"--png {path}: the model does not skim")
     texts = []
     if isinstance(kind, QuestionKind):
         for question in itertools.islice(of_different_passages(examples), DRAWN):

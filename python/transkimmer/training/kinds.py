@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class Kind(ABC):
     def outputs(self) -> int:
         """Of the head."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the outputs, in their order, where they have names."""
+        return ()
+
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """Of `from_pretrained`, for a new head on a backbone."""
@@ -72,7 +78,8 @@ class Kind(ABC):
         """A trained model for the task, dense or skimming, in eval mode.
 
         Raises:
-            ValueError: it has another head, or another number of outputs; names `argument`.
+            ValueError: it has another head, another number of outputs, or the task's classes in another order; names
+                `argument`.
         """
         config = AutoConfig.from_pretrained(folder)
         for name in config.architectures or ():
@@ -81,6 +88,13 @@ class Kind(ABC):
         if config.num_labels != self.outputs:
             raise ValueError(
                 f"{argument} {folder}: has {config.num_labels} outputs, {self.task.title} has {self.outputs}"
+            )
+        named = [str(name) for _, name in sorted(config.id2label.items())]
+        found, wanted = (list(map(_plain, names)) for names in (named, self.classes))
+        if found != wanted and sorted(found) == sorted(wanted):  # other names, LABEL_0 above all, say nothing
+            raise ValueError(
+                f"{argument} {folder}: its classes are {', '.join(named)}; the order must be that of "
+                f"{self.task.title}: {', '.join(self.classes)}"
             )
         if hasattr(config, CONFIG_KEY):
             return from_pretrained(folder, self.auto_class, kernels=kernels)
@@ -98,6 +112,10 @@ class TextKind(Kind):
     @property
     def outputs(self) -> int:
         return self.task.outputs
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.task.classes
 
     def options(self) -> dict[str, Any]:
         names = dict(enumerate(self.task.classes)) or {0: "score"}
@@ -148,6 +166,11 @@ class QuestionKind(Kind):
         threshold = judge.best_threshold()
         setattr(model.config, NO_ANSWER_THRESHOLD, threshold)
         return {NO_ANSWER_THRESHOLD: threshold}
+
+
+def _plain(name: str) -> str:
+    """Letters and digits of a class's name: models differ in how they write the rest."""
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def kind_of(task: Task, doc_stride: int | None = None) -> Kind:

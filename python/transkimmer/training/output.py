@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from accelerate.utils import broadcast_object_list
 from transkimmer_kernels.files import write_whole
 
 from ..tasks import task_named
-from .recipe import SETTINGS, Recipe
-from .run import Run
+from .recipe import MODEL, SETTINGS, Recipe
+from .run import RUN, Run
+
+# What a run writes besides its settings, and replaces.
+WRITTEN = (MODEL, "dense", "skimming", RUN)
 
 
 def prepare_output(job: Run, resume: bool) -> None:
     """Makes the output folder, and sees to it that it holds this run or none; of several processes the main one does.
 
     Raises in every process:
-        ValueError: it holds a run and `resume` is False, a run with other settings, or none and `resume` is True.
+        ValueError: it holds a run and `resume` is False, a run with other settings, or none and `resume` is True; or
+            what is no run's, and would be replaced, or what this run starts from.
         OSError: it cannot be written.
     """
     state = PartialState(cpu=not torch.cuda.is_available())  # on a CPU it counts processes only when told so
@@ -39,6 +44,9 @@ def prepare_output(job: Run, resume: bool) -> None:
 
 
 def _prepare(job: Run, resume: bool) -> None:
+    for option, place in (("--dense", job.dense), ("--backbone", job.backbone)):
+        if place is not None and Path(place).is_dir() and Path(place).resolve().is_relative_to(job.output.resolve()):
+            raise ValueError(f"{option} {place}: lies in --output {job.output}, which the run writes to; take another")
     settings = json.loads(json.dumps(job.settings()))
     saved = job.output / SETTINGS
     if saved.is_file() and any(path != saved for path in job.output.iterdir()):  # else it failed before it trained
@@ -47,12 +55,21 @@ def _prepare(job: Run, resume: bool) -> None:
             raise ValueError(f"--output {job.output}: holds a run already; go on with --resume, or take another folder")
         # A setting that did not exist when the run was begun had its default.
         former["recipe"] = Recipe(job.recipe.mode).to_dict() | former["recipe"]
+        # Once the hub had no name here, and a backbone stood beside a dense fine-tune that came in its place.
+        former["data"] = former["data"] or job.task.hub_name
+        former["backbone"] = None if former["dense"] else former["backbone"]
         if former != settings:
             raise ValueError(f"--resume: {job.output} holds a run with other settings: {_difference(former, settings)}")
         return
     if resume and not saved.is_file():  # perhaps mistyped: starting anew would take hours
         what = "holds no run" if job.output.is_dir() else "no such folder"
         raise ValueError(f"--resume: --output {job.output}: {what}; leave out --resume to start one there")
+    taken = [name for name in WRITTEN if (job.output / name).exists()]
+    if taken and not saved.is_file():
+        raise ValueError(
+            f"--output {job.output}: holds {', '.join(taken)} but no {SETTINGS}, so that they are not of a run; take "
+            "another folder"
+        )
     try:
         job.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=job.output):

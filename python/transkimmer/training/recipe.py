@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import option_of
 from ..config import SkimConfig
 from ..data import positions_of
 from ..flops import EncoderShape
@@ -21,10 +22,13 @@ SETTINGS = "settings.json"  # of a run, beside it
 # dense: no skimming, the baseline. The others: docs/training.md.
 MODES = ("corrected", "paper", "published", "dense")
 CALIBRATIONS = ("speedup", "sampled", "none")
+# Of these, what makes the dense fine-tune that a run starts from, and what is learned from that.
+DENSE_STAGE = ("dense_epochs", "dense_learning_rate")
+DISTILLATION = ("distillation_weight", "state_distillation_weight")
 # Settings that a dense fine-tune reads; all others are of skimming.
 DENSE_SETTINGS = {
-    *("seed", "dense_epochs", "dense_learning_rate", "batch_size", "gradient_accumulation", "warmup", "weight_decay"),
-    *("max_grad_norm", "max_length", "doc_stride", "bf16", "held_out", "limit"),
+    *("seed", *DENSE_STAGE, "batch_size", "gradient_accumulation", "warmup", "weight_decay", "max_grad_norm"),
+    *("max_length", "doc_stride", "bf16", "held_out", "limit"),
 }
 
 
@@ -131,10 +135,6 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def option_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _positive(value: float) -> bool:

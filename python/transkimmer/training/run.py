@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -29,7 +30,7 @@ from ..tasks import Task, load_split
 from .calibration import calibrate
 from .evaluation import SkimEvaluation, deciding, evaluate, inputs_of
 from .kinds import Kind, Rows, kind_of
-from .recipe import MODEL, Recipe
+from .recipe import MODEL, SETTINGS, Recipe
 from .stages import drop_checkpoints, logged, save_whole, train_stage
 
 RUN = "run.json"
@@ -43,12 +44,13 @@ SPLIT_SEED = 0  # the same rows are held out whatever the run's seed
 class Run:
     """One run of a recipe on a task; `carry_out` does it, or what is left of it.
 
+    backbone: folder or hub name; not read, and may be None, where `dense` is there to start from.
     cuda_graphs: whether skimming training is graphed, on a GPU (`Skimming.graphed_training`).
     """
 
     task: Task
     recipe: Recipe
-    backbone: str
+    backbone: str | None
     output: Path
     data: Path | None = None
     dense: Path | None = None
@@ -60,15 +62,23 @@ class Run:
     def kind(self) -> Kind:
         return kind_of(self.task, self.recipe.doc_stride)
 
+    @property
+    def start(self) -> str | Path:
+        """What training starts from."""
+        start = self.dense or self.backbone
+        assert start is not None
+        return start
+
     def carry_out(self) -> dict[str, Any]:
         """Trains, calibrates, evaluates and writes `run.json`, which is also returned."""
         rows = load_split(self.task, "train", self.data)
         dev = load_split(self.task, "dev", self.data)
         train, held_out = hold_out(rows, self.recipe)
-        tokenizer = AutoTokenizer.from_pretrained(self.dense or self.backbone)
+        self._check_held_out(rows, held_out)
+        tokenizer = AutoTokenizer.from_pretrained(self.start)
         figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
         # Before anything is trained, so that rows which do not fit are known early.
-        config = AutoConfig.from_pretrained(self.dense or self.backbone)
+        config = AutoConfig.from_pretrained(self.start)
         calibration, judged = (self.rows_of(examples, tokenizer, config) for examples in (held_out, dev))
         dense = self.dense_model(train, tokenizer)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
@@ -85,6 +95,26 @@ class Run:
             figures["held_out"] = self._by_decision(model, calibration)
             figures["dev"] = self._by_decision(model, judged)
         return self._write(figures)
+
+    def _check_held_out(self, rows: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """ValueError where `dense` was trained, as the settings of its run say, on some of the rows held out now."""
+        if self.dense is None:
+            return
+        # A run's model lies in its output, or in the folder of its dense stage.
+        places = (parent / SETTINGS for parent in self.dense.resolve().parents[:2])
+        saved = next((place for place in places if place.is_file()), None)
+        former = None if saved is None else json.loads(saved.read_text(encoding="utf-8"))
+        if not isinstance(former, dict) or former.get("task") != self.task.name:
+            return
+        theirs = {name: former["recipe"].get(name, getattr(Recipe, name)) for name in ("held_out", "limit")}
+        # All runs draw in one order, the held-out rows first: fewer of them are the first of these.
+        kept = len(hold_out(rows, dataclasses.replace(self.recipe, **theirs))[1])
+        if len(held_out) > kept:
+            raise ValueError(
+                f"--dense {self.dense}: its run held out {kept} rows and trained on others of the {len(held_out)} that "
+                f"are held out now; take its --held-out {theirs['held_out']} and "
+                + ("no --limit" if theirs["limit"] is None else f"--limit {theirs['limit']}")
+            )
 
     def rows_of(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Rows:
         """As a model with this configuration reads them to be evaluated."""
@@ -191,9 +221,9 @@ class Run:
         """What a run has to have in common with the one that it resumes."""
         return {
             "task": self.task.name,
-            "backbone": self.backbone,
+            "backbone": self.backbone if self.dense is None else None,
             "dense": None if self.dense is None else str(self.dense),
-            "data": None if self.data is None else str(self.data),
+            "data": self.task.hub_name if self.data is None else str(self.data),
             "recipe": self.recipe.to_dict(),
         }
 

@@ -1,0 +1,212 @@
+"""What transkimmer train and evaluate refuse before they work: options that nothing reads, folders, classes, rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transkimmer import add_skimming
+from transkimmer.cli import main
+from transkimmer.tasks import TASKS
+from transkimmer.training.kinds import kind_of
+from transkimmer.training.output import WRITTEN, prepare_output
+from transkimmer.training.recipe import MODEL, SETTINGS, recipe_of
+from transkimmer.training.run import Run, hold_out
+
+from ..models.tiny import tiny
+from ..models.words import word_tokenizer
+from .test_commands import backbone, data, train
+
+__all__ = ["backbone", "data"]  # fixtures
+
+
+def command(data: Path, output: Path, *options: str) -> list[str]:
+    return ["train", "--task", "sst2", "--data", str(data), "--output", str(output), *options]
+
+
+# Options that nothing would read
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mode paper --distillation-weight 1", "--distillation-weight 1.0: --mode paper makes no dense fine-tune to"),
+        ("--mode published --state-distillation-weight 1", "--state-distillation-weight 1.0: --mode published makes"),
+        ("--mode published --dense-epochs 2", "--dense-epochs 2.0: --mode published makes no dense fine-tune; leave"),
+        ("--mode paper --dense-learning-rate 1e-4", "--dense-learning-rate 0.0001: --mode paper makes no dense"),
+        ("--flops-speedup 3 --no-aim --calibration none", "--flops-speedup 3.0: is neither aimed at nor calibrated to"),
+        ("--flops-speedup 3 --mode published --calibration sampled", "--calibration sampled; leave it out"),
+        ("--dense-epochs 2 --dense HERE", "--dense-epochs 2.0: is of a dense fine-tune, which --dense HERE is already"),
+        ("--dense HERE --mode dense --dense-learning-rate 1", "--dense-learning-rate 1.0: is of a dense fine-tune"),
+        ("--dense HERE --backbone OTHER", "--backbone OTHER: the run starts from --dense HERE; leave one of them out"),
+        ("--save-steps 0", "--save-steps 0: must be at least 1"),
+        # These are read.
+        ("--flops-speedup 3 --no-aim --backbone ./none", "--backbone ./none: no such folder"),
+        ("--flops-speedup 3 --calibration none --backbone ./none", "--backbone ./none: no such folder"),
+        ("--flops-speedup 3 --mode paper --backbone ./none", "--backbone ./none: no such folder"),
+        ("--dense-epochs 2 --distillation-weight 2 --backbone ./none", "--backbone ./none: no such folder"),
+    ],
+)
+def test_options_that_would_not_be_read(
+    options: str, message: str, tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [{"HERE": str(backbone)}.get(word, word) for word in options.split()]
+    assert main(command(data, tmp_path / "run", *words)) == 2
+    assert message.replace("HERE", str(backbone)) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_of_no_run_is_not_replaced(
+    name: str, tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run" / name / "weights"
+    other.parent.mkdir(parents=True)
+    other.write_text("of years", encoding="utf-8")
+    assert train(backbone, data, tmp_path / "run", "--limit", "8") == 2
+    assert f"--output {tmp_path / 'run'}: holds {name} but no {SETTINGS}" in capsys.readouterr().err
+    assert other.read_text(encoding="utf-8") == "of years"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("option", ["--dense", "--backbone"])
+def test_a_run_does_not_write_over_what_it_starts_from(
+    option: str, tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / "run" / "start"
+    shutil.copytree(backbone, start)
+    assert main(command(data, tmp_path / "run", option, str(start))) == 2
+    assert f"{option} {start}: lies in --output {tmp_path / 'run'}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["start"]
+
+
+def test_a_run_says_where_its_rows_and_its_weights_come_from(tmp_path: Path, backbone: Path) -> None:
+    """And one that did not say it yet is resumed."""
+    recipe = recipe_of("corrected", TASKS["20news"])
+    job = Run(TASKS["20news"], recipe, None, tmp_path / "run", dense=backbone)
+    settings = job.settings()
+    assert (settings["data"], settings["backbone"]) == ("SetFit/20_newsgroups", None)
+    assert Run(TASKS["20news"], recipe, "mini", tmp_path, tmp_path / "data").settings() == {
+        **settings,
+        **{"data": str(tmp_path / "data"), "backbone": "mini", "dense": None},
+    }
+    prepare_output(job, resume=False)
+    (tmp_path / "run/skimming").mkdir()
+    former = {**settings, "data": None, "backbone": "bert-base-uncased"}
+    (tmp_path / "run" / SETTINGS).write_text(json.dumps(former), encoding="utf-8")
+    prepare_output(job, resume=True)
+    job.data = tmp_path
+    with pytest.raises(ValueError, match=f"other settings: data 'SetFit/20_newsgroups' -> '{tmp_path}'"):
+        prepare_output(job, resume=True)
+
+
+# Rows that a dense fine-tune has been trained on
+
+
+@pytest.mark.parametrize("place", [MODEL, f"dense/{MODEL}"])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "seen"),
+    [
+        ({"held_out": 0.1}, {"held_out": 0.1, "seed": 7}, False),
+        ({"held_out": 0.2}, {"held_out": 0.1, "limit": 30}, False),
+        ({"held_out": 0.1}, {"held_out": 0.2}, True),
+        ({"held_out": 0.1, "limit": 30}, {"held_out": 0.1}, True),
+        ({}, {"held_out": 0.2}, True),
+    ],
+)
+def test_rows_that_the_dense_model_has_seen_are_not_held_out(
+    theirs: dict[str, float], ours: dict[str, float], seen: bool, place: str, tmp_path: Path
+) -> None:
+    dense, rows, recipe = tmp_path / "first" / place, list(range(60)), recipe_of("corrected", TASKS["sst2"], **ours)
+    dense.mkdir(parents=True)
+    settings = {"task": "sst2", "recipe": theirs}
+    (tmp_path / "first" / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    trained_on, _ = hold_out(rows, recipe_of("corrected", TASKS["sst2"], **theirs))
+    _, held_out = hold_out(rows, recipe)
+    assert seen == bool(set(trained_on) & set(held_out))
+    job = Run(TASKS["sst2"], recipe, None, tmp_path / "second", dense=dense)
+    if seen:
+        kept = "its run held out [36] rows and trained on others of the (6|12) that are held out now"
+        own = r"take its --held-out 0\.1 and (no --limit|--limit 30)$"
+        with pytest.raises(ValueError, match=f"--dense {dense}: {kept}; {own}"):
+            job._check_held_out(rows, held_out)
+    else:
+        job._check_held_out(rows, held_out)
+    (tmp_path / "first" / SETTINGS).write_text(json.dumps({**settings, "task": "rte"}), encoding="utf-8")
+    job._check_held_out(rows, held_out)
+
+
+def test_held_out_rows_are_looked_at_before_training(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(backbone, tmp_path / "first/model")
+    settings = {"task": "sst2", "recipe": recipe_of("dense", TASKS["sst2"]).to_dict()}
+    (tmp_path / "first" / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    assert train(backbone, data, tmp_path / "run", "--dense", str(tmp_path / "first/model"), "--held-out", "0.5") == 2
+    assert "its run held out 6 rows and trained on others of the 30" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS]
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "fits"),
+    [
+        ("sst2", ("negative", "positive"), True),
+        ("sst2", ("POSITIVE", "NEGATIVE"), False),
+        ("sst2", ("good", "bad"), True),
+        ("sst2", ("LABEL_1", "LABEL_0"), True),
+        ("mnli", ("Contradiction", "neutral", "entailment"), False),
+        ("rte", ("entailment", "not entailment"), True),
+        ("rte", ("not-entailment", "entailment"), False),
+    ],
+)
+def test_classes_in_another_order(task: str, names: tuple[str, ...], fits: bool, tmp_path: Path) -> None:
+    tiny("bert", "sequence", id2label=dict(enumerate(names))).save_pretrained(tmp_path)
+    kind = kind_of(TASKS[task])
+    if fits:
+        assert kind.load(tmp_path, "--model").config.num_labels == len(names)
+        return
+    wanted = f"{TASKS[task].title}: {', '.join(TASKS[task].classes)}"
+    message = f"--model {tmp_path}: its classes are {', '.join(names)}; the order must be that of {wanted}"
+    with pytest.raises(ValueError, match=message):
+        kind.load(tmp_path, "--model")
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("option", ["--batch-size 0", "--repeats -1", "--threads 0"])
+def test_numbers_that_are_too_small(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--task", "sst2", "--model", "none", *option.split()]) == 2
+    assert f"{option}: must be at least {0 if option == '--repeats -1' else 1}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--check-training-forward", "--html", "--png"])
+def test_what_needs_a_model_that_skims(
+    option: str, tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said before rows are read; there are none."""
+    if option == "--png":
+        pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib, an extra")
+    given = option if option == "--check-training-forward" else f"{option} {tmp_path / 'file'}"
+    evaluate = ["evaluate", "--task", "sst2", "--data", str(tmp_path), "--model", str(backbone), *given.split(" ")]
+    assert main(evaluate) == 2
+    assert capsys.readouterr().err.endswith(f"transkimmer evaluate: {given}: the model does not skim\n")
+
+
+def test_evaluation_takes_the_kernels_it_is_given(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_skimming(tiny("bert", "sequence")).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    evaluate = ["evaluate", "--task", "sst2", "--data", str(data), "--model", str(tmp_path), "--repeats", "0"]
+    assert main([*evaluate, "--kernels", "reference"]) == 0
+    assert main([*evaluate, "--kernels", "abacus"]) == 2
+    assert "kernels" in (error := capsys.readouterr().err) and "abacus" in error
