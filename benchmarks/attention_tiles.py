@@ -1,6 +1,6 @@
 """How full the tiles of `ragged_attention` are: scores that count over scores computed, layer by layer.
 
-    python benchmarks/attention_tiles.py [--check]
+    python -m benchmarks.attention_tiles [--check]
 
 Counted, not timed: no device is needed. Real lengths, the keep ratios of the schedules, and the tiles that the Triton
 kernel ships in bf16 at head_dim 64, cut in either way. Writes results/attention-tiles.json and the table in
@@ -17,17 +17,18 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transkimmer.bench.environment import environment
 from transkimmer.bench.workload import SCHEDULES, known_lengths
 
-from transkimmer_kernels.files import write_whole
 from transkimmer_kernels.ops.ragged_attention.tiling import default
+
+from .markdown import between, head, line
+from .single_runs import write
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/attention-tiles.json", ROOT / "docs/kernels.md"
-START, END = "<!-- tiles: start -->", "<!-- tiles: end -->"
 TASKS, LAYERS, SEQUENCES, LONGEST = ("sst2", "mrpc", "rte", "imdb"), (0, 4, 8, 11), 128, 512
 
 
@@ -48,9 +49,9 @@ def packed_scores(lengths: Sequence[int], rows: int, keys: int) -> int:
     return scores
 
 
-def measure() -> list[dict[str, object]]:
+def measure() -> list[dict[str, Any]]:
     tiling = default(torch.bfloat16, 64)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for task, layer in itertools.product(TASKS, LAYERS):
         ratio = SCHEDULES[task] ** (layer + 1)
         lengths = [max(1, round(min(n, LONGEST) * ratio)) for n in known_lengths()[task][:SEQUENCES]]
@@ -66,10 +67,11 @@ def measure() -> list[dict[str, object]]:
     return rows
 
 
-def markdown(rows: Sequence[dict[str, object]]) -> str:
-    lines = ["| lengths | mean | aligned tiles | packed tiles |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r['name']} | {r['mean_length']} | {r['aligned']:.1%} | {r['packed']:.1%} |" for r in rows]
-    return "\n".join(lines)
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = head(("lengths", "mean", "aligned tiles", "packed tiles"))
+    for row in rows:
+        lines.append(line([row["name"], str(row["mean_length"]), f"{row['aligned']:.1%}", f"{row['packed']:.1%}"]))
+    return "\n".join([*lines, ""])
 
 
 def main() -> int:
@@ -78,13 +80,11 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = measure()
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    rendered = f"{before}{START}\n{markdown(rows)}\n{END}{rest.split(END)[1]}"
+    rendered = between(text, "tiles", markdown(rows))
     if arguments.check:
         stored = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
         return int(rows != stored or rendered != text)
-    document = {"title": "Fill of attention tiles, counted", "environment": environment(), "rows": rows}
-    write_whole(RESULT, json.dumps(document, indent=2) + "\n")
+    write(RESULT, "Fill of attention tiles, counted", rows)
     PAGE.write_text(rendered, encoding="utf-8")
     return 0
 

@@ -9,11 +9,9 @@ memory fits, and matrix products use matrix instructions. The targets of AMD are
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ops, triton_support
+from . import resources, triton_support
 from .triton_support import Specialisation
 
 # Shared memory that a block may have (CUDA C++ programming guide, table of compute capabilities).
@@ -47,11 +45,8 @@ class Report:
 
 def kernels() -> list[tuple[str, Specialisation]]:
     """(operator's folder, specialisation) of every Triton backend file, in a fixed order."""
-    found = []
-    for folder in sorted(path.parent.name for path in Path(ops.__path__[0]).glob("*/triton.py")):
-        module = importlib.import_module(f"{ops.__name__}.{folder}.triton")
-        found += [(folder, entry) for entry in module.specialisations()]
-    return found
+    modules = triton_support.backend_modules()
+    return [(folder, entry) for folder, module in modules.items() for entry in module.specialisations()]
 
 
 def compile_kernel(entry: Specialisation, target: str) -> Report:
@@ -83,16 +78,12 @@ def compile_kernel(entry: Specialisation, target: str) -> Report:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory per thread), by the cuobjdump that comes with Triton."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """(registers, bytes of local memory per thread) of the one kernel in it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        (usage,) = resources.read(Path(file.name), resources.triton_cuobjdump())
+    return usage.registers, usage.local
 
 
 def _amd_usage(text: str) -> tuple[int, int]:

@@ -27,7 +27,8 @@ MOST_REGISTERS = 255
 @dataclass(frozen=True)
 class Usage:
     """One kernel for one architecture: registers per thread; bytes of shared memory per block that the code itself
-    names (a launch may ask for more); bytes of local memory per thread, where spilled registers and arrays go."""
+    names (a launch may ask for more); bytes of local memory per thread, where spilled registers and arrays go. A cubin
+    by itself does not say its architecture, which is "" then."""
 
     kernel: str
     architecture: str
@@ -36,14 +37,20 @@ class Usage:
     local: int
 
 
+def triton_cuobjdump() -> str | None:
+    """The tool that comes with Triton, which knows whatever Triton's assembler writes."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or not triton.origin:
+        return None
+    return shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
+
+
 def find_cuobjdump() -> str | None:
     """The tool of the CUDA toolkit, or the one that comes with Triton."""
     candidates = [shutil.which("cuobjdump")]
     if (nvcc := shutil.which("nvcc")) is not None:
         candidates.append(shutil.which("cuobjdump", path=str(Path(nvcc).resolve().parent)))
-    if (triton := importlib.util.find_spec("triton")) is not None and triton.origin:
-        candidates.append(shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends/nvidia/bin")))
-    return next(filter(None, candidates), None)
+    return next(filter(None, candidates), None) or triton_cuobjdump()
 
 
 def why_not() -> str | None:
@@ -54,11 +61,11 @@ def why_not() -> str | None:
     return None if find_cuobjdump() else "cuobjdump was found neither on PATH nor with Triton"
 
 
-def read(library: Path) -> list[Usage]:
-    """Every kernel of this project in `library`, by name, then architecture."""
-    tool = find_cuobjdump()
+def read(binary: Path, tool: str | None = None) -> list[Usage]:
+    """Every kernel in a library or a cubin, by name, then architecture; tool: a cuobjdump, else the one found."""
+    tool = tool or find_cuobjdump()
     assert tool is not None, "ask why_not() first"
-    run = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    run = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
     return parse(run.stdout.splitlines())
 
 
@@ -78,7 +85,8 @@ def parse(lines: Iterable[str]) -> list[Usage]:
 
 
 def _number(architecture: str) -> int:
-    return int(re.sub(r"\D", "", architecture))
+    """90 of "sm_90a", 0 of none."""
+    return int(re.sub(r"\D", "", architecture) or 0)
 
 
 def short_name(symbol: str) -> str:

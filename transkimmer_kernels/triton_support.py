@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 OLDEST = (3, 6)
+# What the kernels compute in, by the names that Triton's types and the files of configurations have.
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# What a launcher passes beside a kernel's arguments, with Triton's own defaults.
+_LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 
 
 def interpreted() -> bool:
@@ -40,6 +47,12 @@ def why_not() -> str | None:
     return "torch sees no CUDA device (with TRITON_INTERPRET=1 set beforehand, kernels run in Triton's interpreter)"
 
 
+def backend_modules() -> dict[str, ModuleType]:
+    """Operator's folder -> its `triton.py`, imported, in a fixed order."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("ops/*/triton.py"))
+    return {folder: importlib.import_module(f"{__package__}.ops.{folder}.triton") for folder in folders}
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """One kernel in one shipped configuration, as its launcher specialises it; `transkimmer_kernels.aot` compiles it.
@@ -60,3 +73,31 @@ class Specialisation:
     matmul: bool
     maxnreg: int | None = None
     target: str | None = None
+
+
+def specialise(
+    name: str,
+    kernel: Any,
+    element: str,
+    keywords: Mapping[str, Any],
+    types: Mapping[str, str] | None = None,
+    *,
+    matmul: bool = False,
+    target: str | None = None,
+) -> Specialisation:
+    """A `Specialisation` from what a launch passes by keyword.
+
+    Args:
+        element: what `p_*` arguments point to, one of `DTYPE_NAMES`' names or another Triton type; all other arguments
+            are "i32".
+        keywords: constexprs, launch options (num_warps, num_stages, maxnreg), and None for each pointer that is absent.
+        types: exceptions, argument -> Triton type ("*i32", "fp32"); the kernel need not have them all.
+        matmul, target: as in `Specialisation`.
+    """
+    options = {option: keywords.get(option, default) for option, default in _LAUNCH_OPTIONS.items()}
+    constants = {key: value for key, value in keywords.items() if key not in options}
+    arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    kinds = {argument: f"*{element}" if argument.startswith("p_") else "i32" for argument in arguments}
+    kinds |= {argument: kind for argument, kind in (types or {}).items() if argument in kinds}
+    aligned = tuple(argument for argument in arguments if argument.startswith("p_") or "stride" in argument)
+    return Specialisation(name, kernel, kinds, constants, aligned, matmul=matmul, target=target, **options)

@@ -40,9 +40,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from .triton_support import DTYPE_NAMES
+
 PACKAGED = Path(__file__).parent / "configs"
 FORMAT = 1
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 C = TypeVar("C", bound=tuple[Any, ...])
 
@@ -53,7 +54,7 @@ _forced: dict[str, Any] = {}
 
 def shape_class(dtype: torch.dtype, *sizes: int) -> str:
     """The key of a shape class in a file: "bf16 768 3072"."""
-    return " ".join([_NAMES[dtype], *map(str, sizes)])
+    return " ".join([DTYPE_NAMES[dtype], *map(str, sizes)])
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _as(name: str, value: Any, like: Any) -> Any:
 
 @functools.cache
 def file_names(device: torch.device) -> tuple[str, ...]:
-    """Of the files for a device, the most specific first; none for the interpreter's."""
+    """The files for a device, the most specific first; none for the interpreter's."""
     if device.type != "cuda":
         return ()
     properties = torch.cuda.get_device_properties(device)

@@ -187,7 +187,7 @@ def test_packaged_files_fit_the_kernels() -> None:
             for operator, entries in tuning._read(path).items():
                 for key, entry in entries.items():
                     dtype, *sizes = key.split()
-                    kinds = {name: kind for kind, name in tuning._NAMES.items()}
+                    kinds = {name: kind for kind, name in triton_support.DTYPE_NAMES.items()}
                     tunables()[operator].decode(entry["config"], kinds[dtype], *map(int, sizes))
                     assert min(entry["us"]) > 0
 
@@ -235,7 +235,7 @@ def test_the_fastest_right_one_is_found_and_the_others_noted() -> None:
 
 
 def test_the_best_changes_of_different_fields_are_tried_together() -> None:
-    """The wider of two tiles and the fewer of two warps; what is worse than the default, or as good, joins nobody."""
+    """The wider of two tiles and the fewer of two warps; what is worse than the default, or as good, is left out."""
     shapes, default = {(64, 64): 10.0, (128, 32): 6.0, (32, 32): 8.0}, Tile()
     trials = [default._replace(shape=shape) for shape in shapes] + [default._replace(num_warps=n) for n in (2, 8)]
     trials += [default._replace(share=default.share / 2)]

@@ -24,7 +24,7 @@ from .compiling import compile_candidates
 from .problems import PROBLEMS, ROWS, tunables
 from .search import search
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {name: dtype for dtype, name in triton_support.DTYPE_NAMES.items()}
 
 
 def why_not() -> str | None:

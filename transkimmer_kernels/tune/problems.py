@@ -6,16 +6,14 @@ has to serve both a full batch and what is left of it, and is measured on severa
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, triton_support
 from ..ops.skim_logit import WEIGHTS
 from ..tuning import Tunable
 
@@ -121,7 +119,7 @@ def _layers(widths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 # MiniLM's, BERT-base's and BERT-large's.
 _WIDTHS = (384, 768, 1024)
-# Of operators that can be tuned, or will be: `tunables` says which can.
+# The operators that can be tuned, or will be: `tunables` says which can.
 PROBLEMS = {
     "ragged_linear": Problem(tuple(_layers(_WIDTHS)), _ragged_linear),
     "ragged_attention": Problem(((32,), (64,), (128,)), _ragged_attention),
@@ -131,9 +129,5 @@ PROBLEMS = {
 
 def tunables() -> dict[str, Tunable[Any]]:
     """operator -> what its `triton.py` exposes; operators without a choice are not among them."""
-    found = {}
-    for folder in sorted(path.parent.name for path in Path(ops.__path__[0]).glob("*/triton.py")):
-        tunable = getattr(importlib.import_module(f"{ops.__name__}.{folder}.triton"), "TUNABLE", None)
-        if tunable is not None:
-            found[tunable.operator] = tunable
-    return found
+    exposed = (getattr(module, "TUNABLE", None) for module in triton_support.backend_modules().values())
+    return {tunable.operator: tunable for tunable in exposed if tunable is not None}

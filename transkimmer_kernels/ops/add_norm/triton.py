@@ -12,7 +12,6 @@ BERT-base that alone took 6 % on an H200 (docs/gpu.md has the times).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from torch import Tensor
 from ... import triton_support
 from ...library import implement
 from ...triton_blocks import centre, multiprocessors
-from ...triton_support import Specialisation
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
 from . import sum_dtype
 
 _TILE, _BACKWARD_TILE = 4096, 2048  # elements that a program has in hand
@@ -186,34 +185,15 @@ def add_norm_backward(grad: Tensor, total: Tensor, statistics: Tensor, weight: T
 
 def specialisations() -> Iterator[Specialisation]:
     """At the usual widths in every dtype, with a residual and without, and as under autocast."""
-    for kind in ("fp32", "bf16", "fp16"):
+    types = {"p_statistics": "*fp32", "p_parts": "*fp32", "eps": "fp32"}
+    for kind in DTYPE_NAMES.values():
         for size in (384, 768, 1024):
-            forward, backward = _shape(size), _shape(size, _BACKWARD_TILE)
-            yield _specialisation(f"{size} {kind}", add_norm_kernel, size, kind, forward)
-            yield _specialisation(f"{size} {kind} backward", add_norm_backward_kernel, size, kind, backward)
-        tile = {"PARTS": _PARTS, "COLUMNS": _COLUMNS, "num_warps": 4}
-        yield _specialisation(f"768 {kind} parts", sum_parts_kernel, 768, kind, tile)
-        alone = {"p_total": None, "p_residual": None, **_shape(768)}
-        yield _specialisation(f"768 {kind} alone", add_norm_kernel, 768, kind, alone)
-    mixed = dict.fromkeys(("p_y", "p_total", "p_residual", "p_weight", "p_bias"), "*fp32")
-    yield _specialisation("768 autocast", add_norm_kernel, 768, "bf16", _shape(768), mixed)
-
-
-def _specialisation(
-    name: str, kernel: Any, size: int, kind: str, options: dict[str, Any], types: dict[str, str] | None = None
-) -> Specialisation:
-    """options: constants of the kernel, besides its size, and the number of warps."""
-    constants = {"SIZE": size, **options}
-    num_warps = constants.pop("num_warps")
-    known = {"p_statistics": "*fp32", "p_parts": "*fp32", "rows": "i32", "parts": "i32", "eps": "fp32"} | (types or {})
-    arguments = [argument for argument in kernel.arg_names if argument not in constants]
-    return Specialisation(
-        name=f"add_norm {name}",
-        kernel=kernel,
-        signature={argument: known.get(argument, f"*{kind}") for argument in arguments},
-        constants=constants,
-        aligned=tuple(argument for argument in arguments if argument.startswith("p_")),
-        num_warps=num_warps,
-        num_stages=3,
-        matmul=False,
-    )
+            forward, backward = {"SIZE": size, **_shape(size)}, {"SIZE": size, **_shape(size, _BACKWARD_TILE)}
+            yield specialise(f"add_norm {size} {kind}", add_norm_kernel, kind, forward, types)
+            yield specialise(f"add_norm {size} {kind} backward", add_norm_backward_kernel, kind, backward, types)
+        tile = {"SIZE": 768, "PARTS": _PARTS, "COLUMNS": _COLUMNS, "num_warps": 4}
+        yield specialise(f"add_norm 768 {kind} parts", sum_parts_kernel, kind, tile, types)
+        alone = {"SIZE": 768, "p_total": None, "p_residual": None, **_shape(768)}
+        yield specialise(f"add_norm 768 {kind} alone", add_norm_kernel, kind, alone, types)
+    mixed = types | {"p_x": "*bf16"}
+    yield specialise("add_norm 768 autocast", add_norm_kernel, "fp32", {"SIZE": 768, **_shape(768)}, mixed)

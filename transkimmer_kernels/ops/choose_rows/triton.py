@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_support import Specialisation
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
 
 _TILE = 2048  # elements that a program has in hand
 _NUM_WARPS = 4
@@ -68,9 +68,9 @@ def choose_rows_backward_kernel(
     tl.store(p_grad_final + o_x, (b_grad - b_to_hidden).to(dtype), mask=m_x)
 
 
-def _blocks(size: int) -> dict[str, int]:
+def _shape(size: int) -> dict[str, int]:
     block = triton.next_power_of_2(size)
-    return {"SIZE": size, "ROWS": max(1, _TILE // block), "BLOCK": block}
+    return {"SIZE": size, "ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": _NUM_WARPS}
 
 
 @implement("choose_rows", "triton", available=triton_support.why_not)
@@ -78,11 +78,11 @@ def choose_rows(keep: Tensor, hidden: Tensor, final: Tensor) -> Tensor:
     rows, size = hidden.shape
     out = torch.empty((rows, size), dtype=hidden.dtype, device=hidden.device)
     if rows:
-        blocks = _blocks(size)
+        shape = _shape(size)
         operands = (keep.contiguous(), hidden.contiguous(), final.contiguous())
         with torch.cuda.device_of(hidden):
-            grid = (triton.cdiv(rows, blocks["ROWS"]),)
-            choose_rows_kernel[grid](out, *operands, rows, **blocks, num_warps=_NUM_WARPS)
+            grid = (triton.cdiv(rows, shape["ROWS"]),)
+            choose_rows_kernel[grid](out, *operands, rows, **shape)
     return out
 
 
@@ -95,12 +95,12 @@ def choose_rows_backward(
     grad_hidden, grad_final = torch.empty_like(grad), torch.empty_like(grad)
     grad_keep = torch.empty(rows if of_keep else 0, dtype=torch.float32, device=grad.device)
     if rows:
-        blocks = _blocks(size)
+        shape = _shape(size)
         operands = (grad, keep.contiguous(), hidden.contiguous(), final.contiguous())
         with torch.cuda.device_of(hidden):
-            grid = (triton.cdiv(rows, blocks["ROWS"]),)
+            grid = (triton.cdiv(rows, shape["ROWS"]),)
             gradients = (grad_keep if of_keep else None, grad_hidden, grad_final)
-            choose_rows_backward_kernel[grid](*gradients, *operands, rows, **blocks, num_warps=_NUM_WARPS)
+            choose_rows_backward_kernel[grid](*gradients, *operands, rows, **shape)
     return grad_keep, grad_hidden, grad_final
 
 
@@ -109,19 +109,8 @@ def choose_rows_backward(
 
 def specialisations() -> Iterator[Specialisation]:
     """At the usual widths in every dtype."""
-    for kind in ("fp32", "bf16", "fp16"):
+    types = {"p_keep": "*fp32", "p_grad_keep": "*fp32"}
+    for kind in DTYPE_NAMES.values():
         for size in (384, 768, 1024):
             for kernel, name in ((choose_rows_kernel, ""), (choose_rows_backward_kernel, " backward")):
-                constants = _blocks(size)
-                arguments = [argument for argument in kernel.arg_names if argument not in constants]
-                types = {"p_keep": "*fp32", "p_grad_keep": "*fp32", "rows": "i32"}
-                yield Specialisation(
-                    name=f"choose_rows {size} {kind}{name}",
-                    kernel=kernel,
-                    signature={argument: types.get(argument, f"*{kind}") for argument in arguments},
-                    constants=constants,
-                    aligned=tuple(argument for argument in arguments if argument.startswith("p_")),
-                    num_warps=_NUM_WARPS,
-                    num_stages=3,
-                    matmul=False,
-                )
+                yield specialise(f"choose_rows {size} {kind}{name}", kernel, kind, _shape(size), types)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import triton_support
 from ...library import implement
 from ...triton_blocks import lower_bound
-from ...triton_support import Specialisation
+from ...triton_support import Specialisation, specialise
 
 _TILE = 2048  # positions taken at a time
 _MAX_BLOCKS = 1024
@@ -139,22 +139,11 @@ def compact(keep: Tensor, slots: Tensor, cu_seqlens: Tensor, keep_first: bool) -
 
 def specialisations() -> Iterator[Specialisation]:
     """Both kernels, with and without the first tokens."""
-    sizes = dict.fromkeys(_COUNTS, "i32")
-    reads = {"p_counts": "*i32", "p_keep": "*u8", "p_cu_seqlens": "*i32", **sizes}
-    moves = {"p_new_slots": "*i32", "p_new_cu_seqlens": "*i32", "p_slots": "*i32", **reads}
     for keep_first in (False, True):
-        flags = {"KEEP_FIRST": keep_first, "TILE": _TILE}
-        for kernel, name, signature, constants in (
-            (_count_kept, "count", reads, flags),
-            (_write_kept, "write", moves, {**flags, "OFFSETS": _OFFSETS, "MAX_BLOCKS": _MAX_BLOCKS}),
+        flags = {"KEEP_FIRST": keep_first, "TILE": _TILE, "num_warps": _NUM_WARPS}
+        for kernel, name, keywords in (
+            (_count_kept, "count", flags),
+            (_write_kept, "write", {**flags, "OFFSETS": _OFFSETS, "MAX_BLOCKS": _MAX_BLOCKS}),
         ):
-            yield Specialisation(
-                name=f"compact {name}{' keep_first' if keep_first else ''}",
-                kernel=kernel,
-                signature=signature,
-                constants=constants,
-                aligned=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                matmul=False,
-            )
+            label = f"compact {name}{' keep_first' if keep_first else ''}"
+            yield specialise(label, kernel, "i32", keywords, {"p_keep": "*u8"})

@@ -8,7 +8,6 @@ registers, so the variance is taken around the mean.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_support import Specialisation
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
 
 
 @triton.jit
@@ -115,10 +114,8 @@ def embed_tokens(
 
 def specialisations() -> Iterator[Specialisation]:
     """BERT (types given and not), ALBERT, RoBERTa (positions given) and DistilBERT (no types), in every dtype."""
-    elements = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-    tables = ("p_word", "p_position", "p_type", "p_weight", "p_bias", "p_out")
-    integers = ("length", "positions_period", "types_period", "words", "positions", "types")
-    for dtype, element in elements.items():
+    types = dict.fromkeys(("p_ids", "p_position_ids", "p_type_ids"), "*i64") | {"eps": "fp32"}
+    for kind in DTYPE_NAMES.values():
         for name, size, absent in (
             ("bert", 768, ("p_position_ids", "p_type_ids")),
             ("bert with types", 384, ("p_position_ids",)),
@@ -126,17 +123,5 @@ def specialisations() -> Iterator[Specialisation]:
             ("roberta", 1024, ("p_type_ids",)),
             ("distilbert", 768, ("p_position_ids", "p_type_ids", "p_type")),
         ):
-            kinds: dict[str, Any] = dict.fromkeys(("p_ids", "p_position_ids", "p_type_ids"), "*i64")
-            kinds |= dict.fromkeys(tables, element)
-            pointers = {key: kind for key, kind in kinds.items() if key not in absent}
-            shape = _shape(size)
-            yield Specialisation(
-                name=f"embed_tokens {name} {size} {str(dtype).removeprefix('torch.')}",
-                kernel=embed_kernel,
-                signature={**pointers, **dict.fromkeys(integers, "i32"), "eps": "fp32"},
-                constants={**dict.fromkeys(absent), "SIZE": size, "BLOCK": shape["BLOCK"]},
-                aligned=tuple(pointers),
-                num_warps=shape["num_warps"],
-                num_stages=3,
-                matmul=False,
-            )
+            keywords = {**dict.fromkeys(absent), "SIZE": size, **_shape(size)}
+            yield specialise(f"embed_tokens {name} {size} {kind}", embed_kernel, kind, keywords, types)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ... import triton_support
 from ...library import implement
 from ...triton_blocks import multiprocessors
-from ...triton_support import Specialisation
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
 from ..checks import require
 from .tiling import TUNABLE, Tiling
 from .triton_backward import grad_keys_kernel, grad_queries_kernel
@@ -68,7 +67,7 @@ def ragged_attention(
     # Whole rows of P are then at hand where they are made.
     at_once = return_importance and max_seqlen_q <= block_q and max_seqlen_k <= block_k
     partial = q.new_empty((heads if return_importance else 0, capacity_k), dtype=torch.float32)
-    max_seqlen_q = max(max_seqlen_q, 1)  # a sequence of keys alone has its importance written, too
+    max_seqlen_q = max(max_seqlen_q, 1)  # a sequence of keys alone also has its importance written
     most = max(batch * triton.cdiv(max_seqlen_q, block_q), triton.cdiv(capacity_q, tiling.packed[0])) if batch else 0
     programs = min(most * heads, tiling.programs * multiprocessors(q.device))
     with torch.cuda.device_of(q):
@@ -132,29 +131,7 @@ def ragged_attention_backward(
     return grad_q, grad_k, grad_v, lse.new_empty(0) if grad_keep is None else grad_keep.sum(0)
 
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _HEADS = 12
-
-
-def _specialisation(
-    name: str, kernel: Any, dtype: torch.dtype, head_dim: int, constants: dict[str, Any]
-) -> Specialisation:
-    """`constants` with the launch options among them; one that is None stands for an operand that is not there."""
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
-    constants = {**_block_constants(_HEADS, head_dim), **constants}
-    operands = ("p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_grad_q", "p_grad_k", "p_grad_v")
-    types = dict.fromkeys(operands, f"*{_TYPES[dtype]}")
-    types |= {"p_cu_seqlens_q": "*i32", "p_cu_seqlens_k": "*i32", "scale": "fp32"}
-    arguments = [argument for argument in kernel.arg_names if argument not in constants]
-    return Specialisation(
-        name=f"ragged_attention {name} {head_dim} {_TYPES[dtype]}",
-        kernel=kernel,
-        signature={a: types.get(a, "*fp32" if a.startswith("p_") else "i32") for a in arguments},
-        constants=constants,
-        aligned=tuple(a for a in arguments if a.startswith("p_") or "stride" in a),
-        matmul=dtype != torch.float32,
-        **options,
-    )
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -163,18 +140,21 @@ def specialisations() -> Iterator[Specialisation]:
     fp16 is shipped in the configurations of bf16, from which only the type in the instructions differs: one head size
     shows that.
     """
-    for dtype in _TYPES:
+    for dtype in DTYPE_NAMES:
         for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
             for number, (tiling, target) in enumerate(TUNABLE.shipped(dtype, head_dim).items()):
-                label = f"measured {number} " if number else ""
-                for entry in _specialisations(label, dtype, head_dim, tiling):
-                    yield replace(entry, target=target)
+                label = f"ragged_attention measured {number}" if number else "ragged_attention"
+                yield from _specialisations(label, dtype, head_dim, tiling, target)
 
 
-def _specialisations(label: str, dtype: torch.dtype, head_dim: int, tiling: Tiling) -> Iterator[Specialisation]:
+def _specialisations(
+    label: str, dtype: torch.dtype, head_dim: int, tiling: Tiling, target: str | None
+) -> Iterator[Specialisation]:
+    kind, pointers = DTYPE_NAMES[dtype], ("p_keep", "p_lse", "p_importance", "p_delta", "p_grad_keep")
+    types = dict.fromkeys(pointers, "*fp32") | {"p_cu_seqlens_q": "*i32", "p_cu_seqlens_k": "*i32", "scale": "fp32"}
     forward = tiling.forward_options()
     owns_keys, owns_queries = tiling.backward_options("BN", "BM"), tiling.backward_options("BM", "BN")
-    for name, kernel, constants in (
+    for name, kernel, options in (
         ("forward", attention_kernel, {**forward, "p_keep": None, "p_importance": None}),
         ("forward weights", attention_kernel, {**forward, "p_importance": None}),
         ("forward weights importance", attention_kernel, forward),
@@ -182,4 +162,6 @@ def _specialisations(label: str, dtype: torch.dtype, head_dim: int, tiling: Tili
         ("grad_queries weights", grad_queries_kernel, owns_queries),
         ("grad_keys weights", grad_keys_kernel, owns_keys),
     ):
-        yield _specialisation(label + name, kernel, dtype, head_dim, dict(constants))
+        keywords = {**_block_constants(_HEADS, head_dim), **options}
+        full_name, matmul = f"{label} {name} {head_dim} {kind}", dtype != torch.float32
+        yield specialise(full_name, kernel, kind, keywords, types, matmul=matmul, target=target)

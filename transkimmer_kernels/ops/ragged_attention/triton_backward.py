@@ -17,10 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import LN_2, load_rows, product, products, scores, store_rows
+from ...triton_blocks import multiply_add
+from .triton_forward import LN_2, load_rows, products, scores, store_rows
 
 # Of E for a skimmed key, which stands outside the normaliser: exp(80), as a power of two (`reference.MAX_EXPONENT`).
-_MAX_EXPONENT = tl.constexpr(80.0 / 0.6931471805599453)
+_MAX_EXPONENT = tl.constexpr(80.0 / LN_2.value)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def grad_queries_kernel(
         if p_keep is not None:
             b_p *= tl.load(p_keep + o_key, mask=m_key, other=0.0)[None, :]
         b_slope = products(b_grad_out, b_v) - b_delta[:, None]
-        b_grad_q = product((b_p * b_slope).to(b_k.dtype), b_k, b_grad_q)
+        b_grad_q = multiply_add((b_p * b_slope).to(b_k.dtype), b_k, b_grad_q)
     store_rows(p_grad_q + head * HEAD_DIM, o_row, m_row, row_stride, b_grad_q * scale, HEAD_DIM, BD)
 
 
@@ -160,8 +161,8 @@ def grad_keys_kernel(
         if p_keep is not None:
             b_grad_keep += tl.sum(b_p * b_slope, 1)
             b_p *= b_keep[:, None]
-        b_grad_v = product(b_p.to(b_v.dtype), b_grad_out, b_grad_v)
-        b_grad_k = product((b_p * b_slope).to(b_q.dtype), b_q, b_grad_k)
+        b_grad_v = multiply_add(b_p.to(b_v.dtype), b_grad_out, b_grad_v)
+        b_grad_k = multiply_add((b_p * b_slope).to(b_q.dtype), b_q, b_grad_k)
     store_rows(p_grad_k + head * HEAD_DIM, o_key, m_key, row_stride, b_grad_k * scale, HEAD_DIM, BD)
     store_rows(p_grad_v + head * HEAD_DIM, o_key, m_key, row_stride, b_grad_v, HEAD_DIM, BD)
     if p_keep is not None:

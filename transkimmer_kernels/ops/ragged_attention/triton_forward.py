@@ -21,20 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import triton_support
-from ...triton_blocks import lower_bound
+from ...triton_blocks import lower_bound, multiply_add
 
-INTERPRETED = tl.constexpr(triton_support.interpreted())
 LN_2 = tl.constexpr(0.6931471805599453)
 _NO_KEY = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def product(b_a, b_b, b_acc):
-    """acc + a @ b in fp32, without TF32."""
-    if INTERPRETED:  # whose `dot` would multiply the bit patterns of bf16
-        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
 
 
 @triton.jit
@@ -60,7 +50,7 @@ def store_rows(p_x, o_row, m_row, stride, b_x, HEAD_DIM: tl.constexpr, BD: tl.co
 @triton.jit
 def products(b_a, b_b):
     """a @ b^T [M, N] of rows [M, BD] and [N, BD]."""
-    return product(b_a, b_b.T, tl.zeros((b_a.shape[0], b_b.shape[0]), tl.float32))
+    return multiply_add(b_a, b_b.T, tl.zeros((b_a.shape[0], b_b.shape[0]), tl.float32))
 
 
 @triton.jit
@@ -90,14 +80,14 @@ def _add_keys(
     b_s = scores(b_q, b_k, scale)  # [BM, BN]
     if p_keep is not None:
         b_s += log_weights(p_keep, o_key, m_key)[None, :]
-    # What another sequence, or nobody, has there becomes exactly 0, were it NaN.
+    # A key that is another sequence's, or none at all, becomes exactly 0, were it NaN.
     b_s = tl.where((o_key[None, :] >= b_begin[:, None]) & (o_key[None, :] < b_end[:, None]), b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # no key yet: -inf - -inf would be NaN
     b_p = tl.exp2(b_s - b_base[:, None])
     b_fade = tl.exp2(b_max - b_base)
     b_v = load_rows(p_v, o_key, m_key, stride_v, HEAD_DIM, BD)
-    b_acc = product(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None])
+    b_acc = multiply_add(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None])
     return b_new, b_sum * b_fade + tl.sum(b_p, 1), b_acc, b_p
 
 

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import Specialisation
+from ...triton_blocks import exact_gelu, places
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
 from ..rows.triton import gather_rows
 
 _NUM_WARPS = 4
@@ -82,12 +83,10 @@ def finish_kernel(
     if p_bias is not None:
         b_y += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
     if GELU:
-        b_y = 0.5 * b_y * (1.0 + tl.erf(b_y * 0.7071067811865476))
+        b_y = exact_gelu(b_y)
     if p_residual is not None:
-        place = row
-        if p_residual_slots is not None:
-            place = tl.load(p_residual_slots + row)
-        b_y += tl.load(p_residual + place.to(tl.int64) * SIZE + o_col, mask=m_col, other=0.0).to(tl.float32)
+        place = places(p_residual_slots, row, True)
+        b_y += tl.load(p_residual + place * SIZE + o_col, mask=m_col, other=0.0).to(tl.float32)
     tl.store(p_row, b_y.to(p_y.dtype.element_ty), mask=m_col)
 
 
@@ -117,23 +116,15 @@ def finish(
 
 def specialisations() -> Iterator[Specialisation]:
     """What stands behind the four products of an encoder layer."""
-    for dtype, element in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16"), (torch.float16, "*fp16")):
+    optional = ("p_bias", "p_residual", "p_residual_slots")
+    types = {"p_residual_slots": "*i32", "p_cu_seqlens": "*i32"}
+    for kind in DTYPE_NAMES.values():
         for name, size, present in (
             ("bias", 2304, ("p_bias",)),
             ("gelu", 3072, ("p_bias",)),
-            ("residual", 768, ("p_bias", "p_residual", "p_residual_slots")),
+            ("residual", 768, optional),
         ):
-            kinds = {"p_y": element, "p_bias": element, "p_residual": element, "p_residual_slots": "*i32"}
-            signature = {key: kinds[key] for key in ("p_y", *present)} | {"p_cu_seqlens": "*i32"}
-            absent = dict.fromkeys(key for key in kinds if key not in signature)
-            block = triton.next_power_of_2(size)
-            yield Specialisation(
-                name=f"finish {name} {size} {str(dtype).removeprefix('torch.')}",
-                kernel=finish_kernel,
-                signature={**signature, "batch": "i32"},
-                constants={**absent, "SIZE": size, "GELU": name == "gelu", "BLOCK": block},
-                aligned=tuple(signature),
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                matmul=False,
-            )
+            absent = dict.fromkeys(pointer for pointer in optional if pointer not in present)
+            shape = {"SIZE": size, "GELU": name == "gelu", "BLOCK": triton.next_power_of_2(size)}
+            keywords = {**absent, **shape, "num_warps": _NUM_WARPS}
+            yield specialise(f"finish {name} {size} {kind}", finish_kernel, kind, keywords, types)

@@ -43,7 +43,7 @@ def default(dtype: torch.dtype, size_out: int, size_in: int) -> Tiling:
 
 
 def candidates(dtype: torch.dtype, size_out: int, size_in: int) -> Iterator[Tiling]:
-    """Shapes and depths around the default; for half precision the libraries' products, too."""
+    """Shapes and depths around the default; for half precision also the libraries' products."""
     base = default(dtype, size_out, size_in)
     if dtype == torch.float32:
         for large, stages in itertools.product(((64, 64, 16), (64, 32, 16), (64, 64, 32)), (2, 3)):

@@ -4,7 +4,7 @@ One kernel computes rows @ weight^T with everything that is cheap around it: row
 A operand is loaded, and bias, exact GELU or a residual (itself gathered) are applied to the fp32 accumulator. So the
 product reads its rows, the weight and the residual once and writes [count, out]; no gathered copy exists. A LayerNorm
 needs whole rows, which at BERT's widths do not fit a tile of a product without spilling. So it is a kernel of its own
-over the sum that the product wrote (`norms`).
+over the sum that the product wrote (`triton_norms`).
 
 The product's programs stay on the device and walk the tiles, because the host knows only the capacity: after a few
 layers of skimming most of a grid made for it would be empty. For the same reason the size of the tile is chosen on the
@@ -26,30 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import triton_support
+from ... import triton_norms, triton_support
 from ...library import implement
-from ...triton_blocks import multiprocessors
-from ...triton_support import Specialisation
-from . import norms, strategies
-from .norms import Sums, normalise
+from ...triton_blocks import exact_gelu, fast_gelu, multiply_add, multiprocessors, places
+from ...triton_norms import Sums, normalise
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
+from . import strategies
 from .tiling import TUNABLE, Tiling
 
-_INTERPRETED = tl.constexpr(triton_support.interpreted())
 _NO_GELU, _EXACT_GELU, _FAST_GELU = range(3)
-
-
-@triton.jit
-def fast_gelu(b_x):
-    """x Phi(x), with erfc by Abramowitz & Stegun 7.1.26, whose error of 1.5e-7 is lost in 16 bits.
-
-    A third of the instructions of `erf`, which in a large tile would take as long as the product itself.
-    """
-    b_abs = tl.abs(b_x)
-    b_t = 1.0 / (1.0 + 0.2316419 * b_abs)
-    b_half = (
-        (((0.5307027145 * b_t - 0.7265760135) * b_t + 0.7107068705) * b_t - 0.142248368) * b_t + 0.127414796
-    ) * b_t
-    return tl.maximum(b_x, 0.0) - b_abs * b_half * tl.exp2(-0.7213475204444817 * b_x * b_x)
 
 
 @triton.jit
@@ -64,9 +49,7 @@ def _multiply(p_a, p_b, LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
             m_k = (start + tl.arange(0, BK) < LENGTH)[None, :]
             b_a = tl.load(p_a + start, mask=m_k, other=0.0)
             b_b = tl.load(p_b + start, mask=m_k, other=0.0)
-        if _INTERPRETED:  # whose `dot` would multiply the bit patterns of bf16
-            b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-        b_acc = tl.dot(b_a, b_b.T, b_acc, input_precision="ieee")
+        b_acc = multiply_add(b_a, b_b.T, b_acc)
     return b_acc
 
 
@@ -123,14 +106,11 @@ def _walk_tiles(
         if p_bias is not None:
             b_acc += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
         if GELU == 1:
-            b_acc = 0.5 * b_acc * (1.0 + tl.erf(b_acc * 0.7071067811865476))
+            b_acc = exact_gelu(b_acc)
         if GELU == 2:
             b_acc = fast_gelu(b_acc)
         if p_residual is not None:
-            b_place = o_row
-            if p_residual_slots is not None:
-                b_place = tl.load(p_residual_slots + o_row, mask=m_row, other=0)
-            p_r = p_residual + b_place.to(tl.int64)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
+            p_r = p_residual + places(p_residual_slots, o_row, m_row)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
             b_acc += tl.load(p_r, mask=m_out, other=0.0).to(tl.float32)
         p_o = p_out + part.to(tl.int64) * plane + o_row.to(tl.int64)[:, None] * SIZE_OUT + o_col[None, :]  # [BM, BN]
         tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_out)
@@ -200,9 +180,10 @@ _LONGEST_CHAIN = 192  # of fp32 multiply-adds into one sum: twice that, and its 
 
 
 @functools.cache
-def _product_constants(
+def _product_keywords(
     tiling: Tiling, dtype: torch.dtype, size_out: int, size_in: int, gelu: bool, split: int
 ) -> dict[str, Any]:
+    """Constants and options of a launch."""
     names = ("LARGE_M", "LARGE_N", "LARGE_K", "SMALL_M", "SMALL_N", "SMALL_K", "FEW_M", "FEW_N", "FEW_K")
     sizes = dict(zip(names, (*tiling.large, *tiling.small, *tiling.few), strict=True))
     chains = 1
@@ -210,8 +191,15 @@ def _product_constants(
         while size_in // chains > _LONGEST_CHAIN and size_in % (2 * chains) == 0:
             chains *= 2
     activation = _NO_GELU if not gelu else _EXACT_GELU if dtype == torch.float32 or size_out % 8 else _FAST_GELU
-    options = {"GELU": activation, "GROUP": _GROUP, "SPLIT": split, "CHAINS": chains}
-    return {"SIZE_OUT": size_out, "SIZE_IN": size_in, **options, **sizes}
+    shape = {"SIZE_OUT": size_out, "SIZE_IN": size_in, "GELU": activation, **sizes}
+    shape |= {"GROUP": _GROUP, "SPLIT": split, "CHAINS": chains}
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "maxnreg": _REGISTERS.get(dtype)}
+    return {**shape, **options}
+
+
+def _split(tiling: Tiling, size_in: int) -> int:
+    """Programs that share a tile where a kernel follows that sums up."""
+    return tiling.split if size_in % (tiling.split * tiling.few[2]) == 0 else 1
 
 
 def product(
@@ -228,9 +216,8 @@ def product(
 ) -> tuple[Tensor, Tensor | None]:
     """[capacity, out], undefined beyond the token count, and partial products.
 
-    summed: whether a kernel follows that can sum up partial products fp32 [split, most, out] (`norms.sum_of_parts`): of
-    at most so many rows they are written instead, without bias and residual. None where the configuration does not
-    split.
+    summed: whether a kernel follows that can sum up partial products fp32 [split, most, out] (`triton_norms`): of at
+    most so many rows they are written instead, without bias and residual. None where the configuration does not split.
     """
     size_out, size_in = weight.shape
     tiling = TUNABLE.config(x.device, x.dtype, size_out, size_in)
@@ -239,7 +226,7 @@ def product(
         return strategies.product(tiling.strategy, *of), None
     capacity = x.size(0) if slots is None else slots.numel()
     out = x.new_empty((capacity, size_out))
-    split = tiling.split if summed and size_in % (tiling.split * tiling.few[2]) == 0 else 1
+    split = _split(tiling, size_in) if summed else 1
     most = min(tiling.most_split, capacity)
     partial = None if split == 1 else x.new_empty((split, most, size_out), dtype=torch.float32)
     processors = multiprocessors(x.device)
@@ -259,10 +246,7 @@ def product(
             cu_seqlens.numel() - 1,
             int(tiling.fewest_large * processors),
             most,
-            **_product_constants(tiling, x.dtype, size_out, size_in, gelu, split),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-            maxnreg=_REGISTERS.get(x.dtype),
+            **_product_keywords(tiling, x.dtype, size_out, size_in, gelu, split),
         )
     return out, partial
 
@@ -326,31 +310,21 @@ def _product_specialisations(
     without: tuple[str, ...] = (),
 ) -> Iterator[Specialisation]:
     """In every configuration that may be chosen; summed: as in `product`; without: the pointers that are None."""
-    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    pointers = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_out"), element) | {"p_partial": "*fp32"}
-    pointers |= dict.fromkeys(("p_slots", "p_residual_slots", "p_cu_seqlens"), "*i32")
+    kind, slots = DTYPE_NAMES[dtype], ("p_slots", "p_residual_slots", "p_cu_seqlens")
+    types = {"p_partial": "*fp32", **dict.fromkeys(slots, "*i32")}
     ours = [item for item in TUNABLE.shipped(dtype, size_out, size_in).items() if item[0].strategy == "triton"]
     for number, (tiling, target) in enumerate(ours):
         measured = f" measured {number}" if number else ""
-        split = tiling.split if summed and size_in % (tiling.split * tiling.few[2]) == 0 else 1
+        split = _split(tiling, size_in) if summed else 1
         absent = (*without, "p_partial") if split == 1 else without
-        present = {pointer: kind for pointer, kind in pointers.items() if pointer not in absent}
-        yield Specialisation(
-            name=f"product {name} {size_in}->{size_out} {str(dtype).removeprefix('torch.')}{measured}",
-            kernel=product_kernel,
-            signature={**present, "batch": "i32", "fewest_large": "i32", "most_split": "i32"},
-            constants={**dict.fromkeys(absent), **_product_constants(tiling, dtype, size_out, size_in, gelu, split)},
-            aligned=tuple(present),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-            matmul=dtype != torch.float32,
-            maxnreg=_REGISTERS.get(dtype),
-            target=target,
-        )
+        keywords = _product_keywords(tiling, dtype, size_out, size_in, gelu, split) | dict.fromkeys(absent)
+        label = f"product {name} {size_in}->{size_out} {kind}{measured}"
+        matmul = dtype != torch.float32
+        yield specialise(label, product_kernel, kind, keywords, types, matmul=matmul, target=target)
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """The four products of an encoder layer, some of awkward widths, `norms` and `strategies`."""
+    """The four products of an encoder layer, some of awkward widths, `triton_norms` and `strategies`."""
     plain = ("p_residual", "p_residual_slots")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from _product_specialisations("gathered", dtype, 2304, 768, without=plain)
@@ -361,5 +335,5 @@ def specialisations() -> Iterator[Specialisation]:
         yield from _product_specialisations("predictor", dtype, 768, 768, summed=True, without=("p_residual", *listed))
         yield from _product_specialisations("gelu", dtype, 1200, 312, gelu=True, without=(*plain, "p_slots", "p_bias"))
         yield from _product_specialisations("gathered gelu", dtype, 99, 33, gelu=True, without=plain)
-    yield from norms.specialisations()
+    yield from triton_norms.specialisations()
     yield from strategies.specialisations()

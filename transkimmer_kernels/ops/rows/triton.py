@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_support import Specialisation
+from ...triton_support import Specialisation, specialise
 
 _UNITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}  # bytes -> what rows are copied in
 _TILE = 2048  # units that a program copies: 16 per thread, four 16-byte accesses in flight
@@ -78,8 +78,8 @@ def _launch(y: Tensor, x: Tensor, slots: Tensor, cu_seqlens: Tensor, *, scatter:
     # A view of `x` may begin anywhere in its storage; `y` is fresh.
     unit = math.gcd(row_bytes, x.storage_offset() * x.element_size(), max(_UNITS))
     width = row_bytes // unit
-    block_rows, block_columns = _blocks(width)
-    grid = (triton.cdiv(slots.numel(), block_rows) * triton.cdiv(width, block_columns),)
+    shape = _shape(width)
+    grid = (triton.cdiv(slots.numel(), shape["BM"]) * triton.cdiv(width, shape["BN"]),)
     with torch.cuda.device_of(x):
         _move_rows[grid](
             y.view(-1).view(_UNITS[unit]),
@@ -87,40 +87,22 @@ def _launch(y: Tensor, x: Tensor, slots: Tensor, cu_seqlens: Tensor, *, scatter:
             slots,
             cu_seqlens.contiguous(),
             cu_seqlens.numel() - 1,
-            WIDTH=width,
             SCATTER=scatter,
-            BM=block_rows,
-            BN=block_columns,
-            num_warps=_NUM_WARPS,
+            **shape,
         )
 
 
-def _blocks(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: columns that divide the width, where one warp's worth or more does."""
+def _shape(width: int) -> dict[str, int]:
+    """A tile's columns divide the width, where one warp's worth or more does."""
     divisor = width & -width
     columns = min(triton.next_power_of_2(width), max(128, min(divisor, 512)))
-    return _TILE // columns, columns
+    return {"WIDTH": width, "BM": _TILE // columns, "BN": columns, "num_warps": _NUM_WARPS}
 
 
 def specialisations() -> Iterator[Specialisation]:
     """Hidden rows of the usual widths, a row that no vector access fits, and a row of one element."""
     for name, unit, width in (("384xbf16", 4, 192), ("768xfp32", 4, 768), ("33xbf16", 2, 33), ("1xbool", 1, 1)):
+        types = dict.fromkeys(("p_y", "p_x"), f"*i{8 * unit}")
         for scatter in (False, True):
-            block_rows, block_columns = _blocks(width)
-            integer = f"*i{8 * unit}"
-            yield Specialisation(
-                name=f"{'scatter' if scatter else 'gather'}_rows {name}",
-                kernel=_move_rows,
-                signature={
-                    "p_y": integer,
-                    "p_x": integer,
-                    "p_slots": "*i32",
-                    "p_cu_seqlens": "*i32",
-                    "batch": "i32",
-                },
-                constants={"WIDTH": width, "SCATTER": scatter, "BM": block_rows, "BN": block_columns},
-                aligned=("p_y", "p_x", "p_slots", "p_cu_seqlens"),
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                matmul=False,
-            )
+            label = f"{'scatter' if scatter else 'gather'}_rows {name}"
+            yield specialise(label, _move_rows, "i32", {"SCATTER": scatter, **_shape(width)}, types)

@@ -31,7 +31,7 @@ def _fake(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: A
 
 
 def predictor_flops(rows: int, fc_weight: Tensor, out_weight: Tensor) -> int:
-    """Of the difference of the two outputs, which is one dot product; the paper's Linear has both."""
+    """FLOPs of the difference of the two outputs, which is one dot product; the paper's Linear has both."""
     return product_flops(rows, fc_weight) + 2 * rows * out_weight.numel()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 BEYOND = f"a predictor other than 16-bit and {' / '.join(map(str, INNER_WIDTHS))} wide"
 
 
-def fits(hidden: Tensor, weights: tuple[Tensor, ...]) -> bool:
+def fits(hidden: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether the C++ kernel serves these states and this predictor, whose weights stand in the operator's order."""
     width, inner = hidden.size(1), weights[3].numel()
     return (
@@ -27,21 +30,7 @@ def fits(hidden: Tensor, weights: tuple[Tensor, ...]) -> bool:
 
 
 @implement("skim_logit", "cuda", available=needs_kernel("transkimmer_cuda::skim_logit", "skim_logit", BEYOND))
-def skim_logit(
-    hidden: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-) -> Tensor:
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+def skim_logit(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
     chosen = torch.ops.transkimmer_cuda.skim_logit
-    run = chosen if fits(hidden, weights) else OPERATORS["skim_logit"].overload("triton")
-    return run(hidden, slots, cu_seqlens.contiguous(), *weights, eps)
+    run = chosen if fits(hidden, weights_and_eps[:-1]) else OPERATORS["skim_logit"].overload("triton")
+    return run(hidden, slots, cu_seqlens.contiguous(), *weights_and_eps)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,22 +30,8 @@ def skim_logit_rows(
 
 
 @implement("skim_logit", "reference")
-def skim_logit(
-    hidden: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-) -> Tensor:
+def skim_logit(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
     count = int(cu_seqlens[-1])
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
     logit = hidden.new_zeros((slots.numel(),), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    logit[:count] = skim_logit_rows(hidden[slots[:count].long()], *weights, eps)
+    logit[:count] = skim_logit_rows(hidden[slots[:count].long()], *weights_and_eps)
     return logit

@@ -8,19 +8,17 @@ In one of two forms, by configuration:
   second LayerNorm, the GELU and the dot product follow in registers, and 4 bytes per row are written. Wider predictors
   do not fit: `_product` writes the inner rows in the model's dtype (2 m bytes per row in bf16, and as many read back),
   and `_finish` takes it from there.
-* steps: the rows are normalised into a list of their own (`norms`), the product is `ragged_linear`'s, and `_finish`
-  follows. What is written and read back lies in the L2 cache, and a product whose operands need no arithmetic first is
-  so much faster that a wide predictor takes half to three quarters of the time (docs/gpu.md).
+* steps: the rows are normalised into a list of their own (`triton_norms`), the product is `ragged_linear`'s, and
+  `_finish` follows. What is written and read back lies in the L2 cache, and a product whose operands need no arithmetic
+  first is so much faster that a wide predictor takes half to three quarters of the time (docs/gpu.md).
 
 The same kernels serve `skim_tokens`: told to, they write a decision of 1 byte instead of a logit.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -29,14 +27,11 @@ from torch import Tensor
 
 from ... import triton_support
 from ...library import implement
-from ...triton_blocks import centre, multiprocessors
-from ...triton_support import Specialisation
-from ...tuning import Tunable
-from ..ragged_linear.norms import normalise, sum_of_parts
-from ..ragged_linear.triton import fast_gelu, product
-
-# Triton 3.6's interpreter multiplies the bit patterns of bf16 operands; in fp32 their product is the same.
-_WIDEN = tl.constexpr(triton_support.interpreted())
+from ...triton_blocks import centre, fast_gelu, multiply_add, multiprocessors
+from ...triton_norms import load_sums, normalise
+from ...triton_support import DTYPE_NAMES, Specialisation, specialise
+from ..ragged_linear.triton import product
+from .tiling import TUNABLE, Tiling
 
 
 @triton.jit
@@ -136,10 +131,7 @@ def _product(
         b_x = (b_x - b_mean[:, None]) * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]  # [BM, BK]
         p_fc = p_fc_weight + o_n[None, :] * D + o_k[:, None]
         b_fc = tl.load(p_fc, mask=m_k[:, None] & m_n[None, :], other=0)  # [BK, BN]
-        b_x = b_x.to(dtype)
-        if _WIDEN:
-            b_x, b_fc = b_x.to(tl.float32), b_fc.to(tl.float32)
-        b_acc = tl.dot(b_x, b_fc, b_acc, input_precision="ieee")
+        b_acc = multiply_add(b_x.to(dtype), b_fc, b_acc)
 
     b_inner = (b_acc + tl.load(p_fc_bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]).to(dtype)
     if column_tiles == 1:
@@ -187,180 +179,100 @@ def _finish(
     while first < count:
         o_row = first + tl.arange(0, BM)  # [BM]
         m_row = o_row < count
-        p_tile = p_inner + o_row.to(tl.int64)[:, None] * M + o_n[None, :]
-        m_tile = m_row[:, None] & m_n[None, :]
-        if p_partial is None:
-            b_inner = tl.load(p_tile, mask=m_tile, other=0).to(tl.float32)  # [BM, BN]
-        elif count <= most_split:
-            b_inner = sum_of_parts(p_partial, p_fc_bias, None, None, o_row, o_n, m_row, m_n, most_split, M, SPLIT)
-        else:
-            b_inner = tl.load(p_tile, mask=m_tile, other=0).to(tl.float32)
+        addends = (p_partial, p_fc_bias, None, None)
+        b_inner = load_sums(p_inner, None, *addends, o_row, o_n, m_row, m_n, count, most_split, M, SPLIT)  # [BM, BN]
         parameters = (b_weight, b_bias, b_out_weight, b_out_bias)
         b_logit = _logit(b_inner, m_n, *parameters, eps, M, p_inner.dtype.element_ty == tl.float32)
         _store_result(p_out, o_row, m_row, b_logit, threshold, DECIDE)
         first += tl.num_programs(0) * BM
 
 
-class _Tile(NamedTuple):
-    """How `_product` is cut, rows x inner columns of a program and the length of its steps; or that it does not run."""
-
-    rows: int
-    columns: int
-    k: int
-    num_warps: int
-    num_stages: int
-    form: str = "fused"  # or "steps"
-
-
-def _default(dtype: torch.dtype, width: int, inner: int) -> _Tile:
-    """In steps, which an H200 computes faster (docs/gpu.md); fp32 and tiles: by what compiles without spilling."""
-    # Statistics are computed once per column tile: few wide tiles, unless much of the last one would be empty.
-    wide = 128 < inner <= 256 or inner % 256 == 0
-    if dtype == torch.float32:  # plain multiply-adds: operands live in registers, so tiles are small
-        tile = _Tile(16, 256, 16, num_warps=8, num_stages=3) if wide else _Tile(32, 64, 16, num_warps=4, num_stages=3)
-    else:
-        tile = _Tile(64, 256, 64, num_warps=8, num_stages=3) if wide else _Tile(64, 128, 64, num_warps=4, num_stages=3)
-        tile = tile._replace(form="steps")
-    return tile._replace(columns=min(tile.columns, _widest(inner)))
-
-
-def _widest(inner: int) -> int:
-    """Columns of a tile that holds a whole inner row."""
-    return max(16, triton.next_power_of_2(inner))
-
-
-def _candidates(dtype: torch.dtype, width: int, inner: int) -> Iterator[_Tile]:
-    half = dtype != torch.float32
-    yield _default(dtype, width, inner)._replace(form="fused" if half else "steps")
-    rows, k, stages = ((32, 64, 128), 64, (2, 3, 4)) if half else ((16, 32, 64), 16, (2, 3))
-    for tile in itertools.product(rows, (64, 128, 256), (k,), (4, 8), stages):
-        if tile[1] <= _widest(inner):
-            yield _Tile(*tile)
-
-
-TUNABLE = Tunable("skim_logit", _default, _candidates)
-
-
-class _Config(NamedTuple):
-    """Constants and options of one launch."""
-
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-def _product_config(tile: _Tile, dtype: torch.dtype, width: int, inner: int, decide: bool) -> _Config:
+def _product_keywords(tiling: Tiling, dtype: torch.dtype, width: int, inner: int, decide: bool) -> dict[str, Any]:
     # Statistics wait for memory and for nothing else: 64 bytes per thread are under way at a time.
-    block_statistics = max(1, 64 // dtype.itemsize * 32 * tile.num_warps // tile.rows)
-    blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.k}
+    block_statistics = max(1, 64 // dtype.itemsize * 32 * tiling.num_warps // tiling.rows)
+    blocks = {"BM": tiling.rows, "BN": tiling.columns, "BK": tiling.k}
     blocks["BS"] = min(block_statistics, triton.next_power_of_2(width))
-    constants = {"DECIDE": decide and tile.columns >= inner, "D": width, "M": inner, **blocks}
-    return _Config(constants, tile.num_warps, tile.num_stages)
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    return {"DECIDE": decide and tiling.columns >= inner, "D": width, "M": inner, **blocks, **options}
 
 
 _PROGRAMS = 16  # of `_finish`, per multiprocessor: each is a warp, which sums up a row without shared memory
 
 
-def _finish_config(inner: int, decide: bool, split: int) -> _Config:
+def _finish_keywords(inner: int, decide: bool, split: int) -> dict[str, Any]:
     columns = triton.next_power_of_2(inner)
     rows, warps = max(1, 1024 // columns), min(max(1, columns // 1024), 8)
-    constants = {"DECIDE": decide, "M": inner, "SPLIT": split, "BM": rows, "BN": columns}
-    return _Config(constants, num_warps=warps, num_stages=2)
+    blocks = {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 2}
+    return {"DECIDE": decide, "M": inner, "SPLIT": split, **blocks}
 
 
 def score_tokens(
-    hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...], eps: float, threshold: float | None
+    hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, predictor: Sequence[Tensor], eps: float, threshold: float | None
 ) -> Tensor:
     """fp32 [capacity] logits; with a threshold bool [capacity], whether a token's logit is not below it."""
     capacity, decide = slots.numel(), threshold is not None
     out = hidden.new_empty(capacity, dtype=torch.uint8 if decide else torch.float32)
     cu_seqlens, batch = cu_seqlens.contiguous(), cu_seqlens.numel() - 1
-    weights = tuple(weight.contiguous() for weight in weights)
+    weights = tuple(weight.contiguous() for weight in predictor)
     width, inner = hidden.size(1), weights[3].numel()
     scalars = (eps, threshold or 0.0)
-    tile = TUNABLE.config(hidden.device, hidden.dtype, width, inner)
+    tiling = TUNABLE.config(hidden.device, hidden.dtype, width, inner)
     if capacity == 0:
         return out.view(torch.bool) if decide else out
     processors, partial = multiprocessors(hidden.device), None
     with torch.cuda.device_of(hidden):
-        if tile.form == "steps":
+        if tiling.form == "steps":
             normed, fused = hidden.new_empty(capacity, width), False
             norm = (weights[0], weights[1], eps, cu_seqlens)
             normalise(hidden, *norm, normed, capacity=capacity, source_slots=slots)
             inner_rows, partial = product(normed, weights[2], weights[3], cu_seqlens, None, summed=True)
         else:
-            config = _product_config(tile, hidden.dtype, width, inner, decide)
-            block_columns = config.constants["BN"]
-            fused = block_columns >= inner
+            keywords = _product_keywords(tiling, hidden.dtype, width, inner, decide)
+            fused = tiling.columns >= inner
             inner_rows = out if fused else hidden.new_empty(capacity, inner)
-            grid = (triton.cdiv(capacity, config.constants["BM"]) * triton.cdiv(inner, block_columns),)
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            arguments = (inner_rows, hidden, slots, cu_seqlens, batch, *weights, *scalars)
-            _product[grid](*arguments, **config.constants, **options)
+            grid = (triton.cdiv(capacity, tiling.rows) * triton.cdiv(inner, tiling.columns),)
+            _product[grid](inner_rows, hidden, slots, cu_seqlens, batch, *weights, *scalars, **keywords)
         if not fused:
             split, most_split = (1, 0) if partial is None else partial.shape[:2]
-            config = _finish_config(inner, decide, split)
-            programs = min(triton.cdiv(capacity, config.constants["BM"]), _PROGRAMS * processors)
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            keywords = _finish_keywords(inner, decide, split)
+            programs = min(triton.cdiv(capacity, keywords["BM"]), _PROGRAMS * processors)
             summed = (None, None) if partial is None else (partial, weights[3])
             arguments = (out, inner_rows, *summed, cu_seqlens, batch, most_split, *weights[4:], *scalars)
-            _finish[(programs,)](*arguments, **config.constants, **options)
+            _finish[(programs,)](*arguments, **keywords)
     return out.view(torch.bool) if decide else out
 
 
 @implement("skim_logit", "triton", available=triton_support.why_not)
-def skim_logit(
-    hidden: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-) -> Tensor:
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
-    return score_tokens(hidden, slots, cu_seqlens, weights, eps, None)
+def skim_logit(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_eps: Any) -> Tensor:
+    *predictor, eps = weights_and_eps
+    return score_tokens(hidden, slots, cu_seqlens, predictor, eps, None)
+
+
+# ---- what is compiled ahead of time
 
 
 def specialisations() -> Iterator[Specialisation]:
     """Predictors of MiniLM's and BERT-base's width, fused and not, in every dtype."""
-    kinds = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    for dtype, kind in kinds.items():
+    for dtype, kind in DTYPE_NAMES.items():
         for width, inner, decide in ((384, 192, True), (384, 384, False), (768, 768, False)):
-            tiles = TUNABLE.shipped(dtype, width, inner)
-            for number, tile in enumerate(t for t in tiles if t.form == "fused"):
+            tilings = TUNABLE.shipped(dtype, width, inner)
+            for number, tiling in enumerate(t for t in tilings if t.form == "fused"):
                 name = f"product {width}->{inner} {kind}" + (f" measured {number}" if number else "")
-                config = _product_config(tile, dtype, width, inner, decide)
-                yield replace(_specialisation(name, _product, kind, config, dtype != torch.float32), target=tiles[tile])
-            if any(tile.form == "steps" or tile.columns < inner for tile in tiles):
+                keywords = _product_keywords(tiling, dtype, width, inner, decide)
+                fused, matmul = tiling.columns >= inner, dtype != torch.float32
+                yield _specialise(name, _product, kind, keywords, fused, matmul=matmul, target=tilings[tiling])
+            if any(tiling.form == "steps" or tiling.columns < inner for tiling in tilings):
                 for split in (1, 2):
-                    config = _finish_config(inner, decide, split)
                     absent = {"p_partial": None, "p_fc_bias": None} if split == 1 else {}
-                    config = config._replace(constants=config.constants | absent)
                     name = f"finish {inner} {kind}" + (f" sum of {split}" if split > 1 else "")
-                    yield _specialisation(name, _finish, kind, config, False)
+                    yield _specialise(name, _finish, kind, _finish_keywords(inner, decide, split) | absent, True)
 
 
-def _specialisation(name: str, kernel: Any, kind: str, config: _Config, matmul: bool) -> Specialisation:
-    types = {"p_slots": "*i32", "p_cu_seqlens": "*i32", "batch": "i32", "eps": "fp32", "threshold": "fp32"}
-    types |= {"p_partial": "*fp32", "most_split": "i32"}
-    if config.constants["DECIDE"]:
-        types["p_out"] = "*u8"
-    elif kernel is _finish or config.constants["BN"] >= config.constants["M"]:
-        types["p_out"] = "*fp32"
-    arguments = [argument for argument in kernel.arg_names if argument not in config.constants]
-    return Specialisation(
-        name=f"skim_logit {name}",
-        kernel=kernel,
-        signature={argument: types.get(argument, f"*{kind}") for argument in arguments},
-        constants=config.constants,
-        aligned=tuple(argument for argument in arguments if argument.startswith("p_")),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        matmul=matmul,
-    )
+def _specialise(
+    name: str, kernel: Any, kind: str, keywords: dict[str, Any], last: bool, **options: Any
+) -> Specialisation:
+    """last: whether the kernel writes results, not inner rows."""
+    types = {"p_slots": "*i32", "p_cu_seqlens": "*i32", "p_partial": "*fp32", "eps": "fp32", "threshold": "fp32"}
+    if last:
+        types["p_out"] = "*u8" if keywords["DECIDE"] else "*fp32"
+    return specialise(f"skim_logit {name}", kernel, kind, keywords, types, **options)

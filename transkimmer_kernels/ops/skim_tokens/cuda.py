@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,7 @@ from ..skim_logit.cuda import BEYOND, fits
 
 
 @implement("skim_tokens", "cuda", available=needs_kernel("transkimmer_cuda::skim_tokens", "skim_tokens", BEYOND))
-def skim_tokens(
-    hidden: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-    logit_threshold: float,
-    keep_first: bool,
-) -> tuple[Tensor, Tensor]:
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
+def skim_tokens(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_options: Any) -> tuple[Tensor, Tensor]:
     chosen = torch.ops.transkimmer_cuda.skim_tokens
-    run = chosen if fits(hidden, weights) else OPERATORS["skim_tokens"].overload("triton")
-    return run(hidden, slots, cu_seqlens.contiguous(), *weights, eps, logit_threshold, keep_first)
+    run = chosen if fits(hidden, weights_and_options[:-3]) else OPERATORS["skim_tokens"].overload("triton")
+    return run(hidden, slots, cu_seqlens.contiguous(), *weights_and_options)

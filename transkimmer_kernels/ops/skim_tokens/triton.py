@@ -6,6 +6,7 @@ Between the two lies 1 byte per position, and no operator of PyTorch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -17,24 +18,9 @@ from ..skim_logit.triton import score_tokens
 
 
 @implement("skim_tokens", "triton", available=triton_support.why_not)
-def skim_tokens(
-    hidden: Tensor,
-    slots: Tensor,
-    cu_seqlens: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-    logit_threshold: float,
-    keep_first: bool,
-) -> tuple[Tensor, Tensor]:
-    weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
-    keep = score_tokens(hidden, slots, cu_seqlens, weights, eps, logit_threshold)
+def skim_tokens(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, *weights_and_options: Any) -> tuple[Tensor, Tensor]:
+    *predictor, eps, logit_threshold, keep_first = weights_and_options
+    keep = score_tokens(hidden, slots, cu_seqlens, predictor, eps, logit_threshold)
     return compact(keep, slots, cu_seqlens, keep_first)
 
 

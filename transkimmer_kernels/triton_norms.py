@@ -2,7 +2,7 @@
 
 A program is one warp that takes ROWS rows at a time, and walks on: the host knows only the capacity, and a program for
 every row there is room for would take longer to launch than the rows that are left take to compute. What is normalised
-is a row of `p_total`; or, of few rows, the sum of the partial products of `product_kernel` with bias and residual.
+is a row of `p_total`; or, of few rows, the sum of the partial products of `ragged_linear` with bias and residual.
 Reads and writes [count, SIZE] once, mostly in the L2 cache, by slots on either side.
 """
 
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_blocks import centre, multiprocessors
-from ...triton_support import Specialisation
+from .triton_blocks import centre, multiprocessors, places
+from .triton_support import DTYPE_NAMES, Specialisation, specialise
 
 _ROWS = 2
 _PROGRAMS = 16  # per multiprocessor
@@ -25,12 +25,7 @@ _REGISTERS = 200  # left to itself, the assembler stops earlier for the sake of 
 
 
 @triton.jit
-def _places(p_slots, o_row, m_row):
-    return o_row.to(tl.int64) if p_slots is None else tl.load(p_slots + o_row, mask=m_row, other=0).to(tl.int64)
-
-
-@triton.jit
-def sum_of_parts(
+def _sum_of_parts(
     p_partial,
     p_bias,
     p_residual,
@@ -46,7 +41,7 @@ def sum_of_parts(
     """[ROWS, BLOCK] in fp32: the partial products of the rows, their residual and the bias, where there are such."""
     m_x = m_row[:, None] & m_col[None, :]
     if p_residual is not None:
-        p_r = p_residual + _places(p_residual_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+        p_r = p_residual + places(p_residual_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
         b_x = tl.load(p_r, mask=m_x, other=0.0).to(tl.float32)
     else:
         b_x = tl.zeros(m_x.shape, tl.float32)
@@ -55,6 +50,36 @@ def sum_of_parts(
     for part in tl.static_range(SPLIT):
         o_part = (part * most_split + o_row).to(tl.int64)
         b_x += tl.load(p_partial + o_part[:, None] * SIZE + o_col[None, :], mask=m_x, other=0.0)
+    return b_x
+
+
+@triton.jit
+def load_sums(
+    p_total,
+    p_source_slots,
+    p_partial,
+    p_bias,
+    p_residual,
+    p_residual_slots,
+    o_row,
+    o_col,
+    m_row,
+    m_col,
+    count,
+    most_split,
+    SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """[ROWS, BLOCK] in fp32: rows of p_total; of up to most_split rows, with p_partial, the sum of parts instead."""
+    p_x = p_total + places(p_source_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+    m_x = m_row[:, None] & m_col[None, :]
+    if p_partial is None:
+        b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+    elif count <= most_split:
+        addends = (p_partial, p_bias, p_residual, p_residual_slots)
+        b_x = _sum_of_parts(*addends, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
+    else:
+        b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
     return b_x
 
 
@@ -88,19 +113,15 @@ def norm_kernel(
         o_row = first + tl.arange(0, ROWS)
         m_row = o_row < count
         m_x = m_row[:, None] & m_col[None, :]
-        p_x = p_total + _places(p_source_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
-        if p_partial is None:
-            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        elif count <= most_split:
-            parts = (p_partial, p_sum_bias, p_residual, p_residual_slots)
-            b_x = sum_of_parts(*parts, o_row, o_col, m_row, m_col, most_split, SIZE, SPLIT)
-        else:
-            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x = load_sums(
+            *(p_total, p_source_slots, p_partial, p_sum_bias, p_residual, p_residual_slots),
+            *(o_row, o_col, m_row, m_col, count, most_split, SIZE, SPLIT),
+        )
         b_x, _, b_scale = centre(b_x, m_col, eps, SIZE)
         b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
         b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)
         b_y = b_x * b_scale[:, None] * b_weight[None, :] + b_bias[None, :]
-        p_y = p_out + _places(p_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
+        p_y = p_out + places(p_slots, o_row, m_row)[:, None] * SIZE + o_col[None, :]
         tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_x)
         first += tl.num_programs(0) * ROWS
 
@@ -175,12 +196,10 @@ def normalise(
 
 def specialisations() -> Iterator[Specialisation]:
     """At the usual widths, plain, with a scatter, with a gather, and with the partial sums of `tiling`'s splits."""
-    elements = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-    plain = ("p_total", "p_weight", "p_bias", "p_out")
-    sums = ("p_partial", "p_sum_bias", "p_residual")
-    slots = ("p_residual_slots", "p_source_slots", "p_slots")
-    for dtype, element in elements.items():
-        for name, sizes, extra, split in (
+    sums, slots = ("p_partial", "p_sum_bias", "p_residual"), ("p_residual_slots", "p_source_slots", "p_slots")
+    types = dict.fromkeys((*slots, "p_cu_seqlens"), "*i32") | {"p_partial": "*fp32", "eps": "fp32"}
+    for kind in DTYPE_NAMES.values():
+        for name, sizes, present, split in (
             ("", (384, 768, 1024), (), 1),
             (" scatter", (768,), ("p_slots",), 1),
             (" gather", (768,), ("p_source_slots",), 1),
@@ -188,26 +207,7 @@ def specialisations() -> Iterator[Specialisation]:
             (" sum of 4", (768,), (*sums, "p_residual_slots"), 4),
             (" sum of 4 scatter", (768, 1024), (*sums, "p_slots"), 4),
         ):
-            present = (*plain, *extra)
-            kinds = dict.fromkeys((*plain, *sums), element) | {"p_partial": "*fp32"} | dict.fromkeys(slots, "*i32")
-            absent = dict.fromkeys(key for key in kinds if key not in present)
-            signature = {key: kinds[key] for key in present} | {"p_cu_seqlens": "*i32"}
+            absent = dict.fromkeys(pointer for pointer in (*sums, *slots) if pointer not in present)
             for size in sizes:
-                shape = _shape(size, split)
-                yield Specialisation(
-                    name=f"norm {size}{name} {str(dtype).removeprefix('torch.')}",
-                    kernel=norm_kernel,
-                    signature={**signature, "batch": "i32", "most_split": "i32", "eps": "fp32"},
-                    constants={
-                        **absent,
-                        "SIZE": size,
-                        "SPLIT": split,
-                        "ROWS": shape["ROWS"],
-                        "BLOCK": shape["BLOCK"],
-                    },
-                    aligned=tuple(signature),
-                    num_warps=shape["num_warps"],
-                    num_stages=3,
-                    matmul=False,
-                    maxnreg=_REGISTERS,
-                )
+                keywords = {**absent, "SIZE": size, "SPLIT": split, "maxnreg": _REGISTERS, **_shape(size, split)}
+                yield specialise(f"norm {size}{name} {kind}", norm_kernel, kind, keywords, types)
