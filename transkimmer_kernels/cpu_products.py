@@ -45,7 +45,7 @@ def _offers(form: str, dtype: torch.dtype) -> bool:
 
 
 def instruction_set() -> str:
-    """Of our kernels; ValueError where TRANSKIMMER_CPU_ISA names one that is not there."""
+    """The instruction set of our kernels; ValueError where TRANSKIMMER_CPU_ISA names one that is not there."""
     try:
         return str(torch.ops.transkimmer_cpu.isa())
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native
@@ -78,9 +79,9 @@ def _declare(operator: Operator, backend: str, available: Callable[[], str | Non
     _LIBRARY.define(overload + operator.schema)
     torch.library.register_fake(qualified, operator.fake, lib=_LIBRARY)
     if operator.make_backward is not None:
-        torch.library.register_autograd(
-            qualified, operator.make_backward(backend), setup_context=operator.setup_context, lib=_LIBRARY
-        )
+        # No formula has one of its own: a second derivative is an error instead of a part of the truth.
+        backward = once_differentiable(operator.make_backward(backend))
+        torch.library.register_autograd(qualified, backward, setup_context=operator.setup_context, lib=_LIBRARY)
     for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
         _LIBRARY.impl(overload, _without_autocast(operator, backend, key), key.name)
     operator.backends[backend] = available

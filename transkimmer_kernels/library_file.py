@@ -74,7 +74,7 @@ def why_not_loadable(kind: str, path: Path) -> str:
 
 
 def _why_not_here(path: Path) -> str:
-    """Of an ELF file: whether it is whole and for this kind of processor. Other formats are left to the loader."""
+    """Why an ELF file is not whole or not for this kind of processor. Other formats are left to the loader."""
     with path.open("rb") as file, Path(sys.executable).open("rb") as own:
         header, ours = file.read(64), own.read(64)
     if not header.startswith(b"\x7fELF") or not ours.startswith(b"\x7fELF"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ def interpreted() -> bool:
 @functools.cache
 def why_not_importable() -> str | None:
     """None where a Triton that is new enough is installed."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    try:  # not by its distribution, which has several names (triton, pytorch-triton)
+        version = importlib.import_module("triton").__version__
+    except ImportError:
         return "triton is not installed"
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         return f"triton {version} is older than {'.'.join(map(str, OLDEST))}"

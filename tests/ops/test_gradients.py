@@ -17,7 +17,7 @@ import transkimmer_kernels as tk
 from ..target import Target
 from . import cases, oracle
 from .cases import Kwargs, Source
-from .operators import SPECS
+from .operators import CASES, SPECS
 
 LENGTHS = (3, 0, 1, 4)
 SMALL = {
@@ -167,3 +167,20 @@ def test_autograd_sees_what_is_written(target: Target, operator: str) -> None:
         y.sum().backward()
     with torch.inference_mode():
         SPECS[operator].function(**kwargs | {"hidden": kwargs["hidden"].clone()}, kernels=target.backend)
+
+
+DIFFERENTIABLE = sorted(name for name, spec in SPECS.items() if spec.leaves)
+
+
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(target: Target, operator: str) -> None:
+    """A formula that holds only for the first one would give none, or a part of it."""
+    target.require(operator)
+    spec = SPECS[operator]
+    kwargs = next(case for case in CASES if case.operator == operator).make(torch.float32, target.device)
+    leaves = [kwargs[name].requires_grad_() for name in spec.present_leaves(kwargs)]
+    out = spec.function(**kwargs, kernels=target.backend)
+    first = out[0] if isinstance(out, tuple) else out
+    grads = torch.autograd.grad(first.square().sum(), leaves, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.square().sum() for grad in grads if grad is not None).backward()

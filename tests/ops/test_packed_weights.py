@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import transkimmer_kernels as tk
 from transkimmer_kernels import cpu_products, kernel_set
 from transkimmer_kernels.cpu_products import FORMS, pack_weight
 
 from ..clock import Clock
 from ..target import DTYPES, Target
+from . import oracle
 from .closeness import FORWARD, assert_close_as_torch
+from .operators import CASES, clone
 
 CPU = Target("cpu", "cpu")
 SHAPES = ((1, 1), (3, 40), (33, 17), (100, 263), (2304, 768), (768, 3072))  # [out, in]
@@ -146,3 +149,34 @@ def test_forms_are_timed_where_none_was_measured(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu_products, "_MEASURED", {(cpu_products.instruction_set(), dtype): ("plain",)})
     monkeypatch.setattr(cpu_products, "faster_form", None)  # is not asked
     assert choose(dtype) == "plain"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["ragged_linear", "ragged_linear_norm", "skim_logit", "skim_tokens", "encoder_layer_"])
+@torch.no_grad()
+def test_the_public_operators_take_packed_weights(name: str, form: str) -> None:
+    if not cpu_products._offers(form, torch.float32):
+        pytest.skip(f"no {form} on this machine")
+    known = "skim_logit" if name == "skim_tokens" else name
+    kwargs = next(case for case in CASES if case.operator == known and case.lengths != "empty").make(torch.float32)
+    matrices = [key for key, x in kwargs.items() if key.endswith("weight") and x is not None and x.dim() == 2]
+    packed = kwargs | {key: pack_weight(kwargs[key], form) for key in matrices}
+    assert matrices
+    function = getattr(tk, name)
+    in_form, as_they_are = (function(**clone(given), kernels="cpu") for given in (packed, kwargs))
+    if name == "skim_tokens":
+        assert torch.equal(in_form[1], as_they_are[1])
+        return
+    for ours, expected in zip(*(oracle.valid(name, kwargs, out) for out in (in_form, as_they_are)), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_packed_weights_of_another_shape_or_for_other_kernels_are_refused() -> None:
+    x, cu_seqlens = torch.randn(3, 40), torch.tensor([0, 3], dtype=torch.int32)
+    packed = pack_weight(torch.randn(8, 40), "panels")
+    with pytest.raises(ValueError, match=r"weight: expected shape \[\*, 40\], got"):
+        tk.ragged_linear(x, packed, None, cu_seqlens, kernels="reference")
+    with pytest.raises(ValueError, match=r"weight: expected shape \[\*, 41, \*\], got"):
+        tk.ragged_linear(torch.randn(3, 41), packed, None, cu_seqlens, kernels="cpu")
+    with pytest.raises(RuntimeError, match="weight, packed: not differentiable; pass the matrix"):
+        tk.ragged_linear(x.requires_grad_(), packed, None, cu_seqlens, kernels="cpu")

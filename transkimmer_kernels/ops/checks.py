@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..registry import select_backend
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -43,6 +45,18 @@ def check_tensor(
         if not fits:
             wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
             raise ValueError(f"{name}: expected shape {wanted}, got {describe(tensor)}")
+
+
+def check_weight(
+    name: str, weight: Tensor, like: Tensor, shape: tuple[int | None, ...], operator: str, kernels: str
+) -> None:
+    """A matrix of `shape` and of the dtype and device of `like`; for `cpu` it may be packed (`cpu_products.py`)."""
+    panels = isinstance(weight, Tensor) and weight.dim() == 3 and weight.stride(2) == 0
+    panels = panels and select_backend(operator, kernels, like.device.type, like.dtype) == "cpu"
+    wanted = (*shape, None) if panels else shape
+    check_tensor(name, weight, dtype=like.dtype, device=like.device, shape=wanted)
+    if panels:
+        refuse_gradients(f"{name}, packed", "pass the matrix", weight, like)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -35,5 +35,5 @@ def pair_count(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, capacity_q: int, max_
 
 
 def product_flops(rows: int, weight: Tensor) -> int:
-    """Of `rows` rows and a weight [out, in], packed or not."""
+    """FLOPs of multiplying `rows` rows by a weight [out, in], packed or not."""
     return 2 * rows * weight.size(0) * weight.size(1)

@@ -14,7 +14,7 @@ from ..checks import FLOATS, check_tensor
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    """Of x + residual."""
+    """The dtype of x + residual."""
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
@@ -83,7 +83,7 @@ def add_norm(
     Args:
         x: [rows, d], fp32, bf16 or fp16 (fp64 on `reference`).
         residual: [rows, d] or None; its dtype may be another one, as under autocast.
-        weight, bias: [d], of one dtype, which may be another one, too.
+        weight, bias: [d], of one dtype, which may differ from that of x.
         eps: of the LayerNorm.
         kernels: backend, see `registry`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_max_seqlen, check_slots, check_tensor, refuse_gradients, require
+from ..checks import FLOATS, check_max_seqlen, check_slots, check_tensor, check_weight, refuse_gradients, require
 from ..counting import pair_count, product_flops, row_count, sequence_count
 from ..ragged_linear import ACTIVATIONS
 
@@ -116,7 +116,7 @@ def encoder_layer_(
     width = hidden.size(1)
     require(activation in ACTIVATIONS, f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
     projections = 3 if query_weight is None else 2
-    inner = ffn_in_weight.size(0) if ffn_in_weight.dim() == 2 else None
+    inner = ffn_in_weight.size(0) if ffn_in_weight.dim() >= 2 else None
     matrices = {
         "qkv": (qkv_weight, qkv_bias, projections * width, width),
         "query": (query_weight, query_bias, width, width),
@@ -126,7 +126,7 @@ def encoder_layer_(
     }
     for name, (weight, bias, rows, columns) in matrices.items():
         if weight is not None:
-            check_tensor(f"{name}_weight", weight, dtype=hidden.dtype, device=hidden.device, shape=(rows, columns))
+            check_weight(f"{name}_weight", weight, hidden, (rows, columns), "encoder_layer_", kernels)
         require(bias is None or weight is not None, f"{name}_bias: needs {name}_weight, which is None")
         if bias is not None:
             check_tensor(f"{name}_bias", bias, dtype=hidden.dtype, device=hidden.device, shape=(rows,))

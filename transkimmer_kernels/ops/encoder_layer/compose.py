@@ -36,7 +36,7 @@ def compose_layer_(
     norm2_eps: float,
     activation: str | Callable[[Tensor], Tensor],
 ) -> None:
-    """`encoder_layer_` by the operators of `kernels`; `activation` may be any elementwise function, too."""
+    """`encoder_layer_` by the operators of `kernels`; `activation` may also be any elementwise function."""
     width, first_only = hidden.size(1), query_weight is not None
     head_dim = width // num_heads
     slots = _trim(slots, cu_seqlens, kernels)
@@ -77,6 +77,6 @@ def _trim(slots: Tensor, cu_seqlens: Tensor, kernels: KernelSet) -> Tensor:
 
 def first_tokens(slots: Tensor, cu_seqlens: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
     """(slots int32 [at most batch], cu_seqlens) of each sequence's first listed token; an empty sequence has none."""
-    nobody = torch.zeros_like(slots, dtype=torch.bool)
-    first, cu_first = kernels.compact(nobody, slots, cu_seqlens, True)
+    none_kept = torch.zeros_like(slots, dtype=torch.bool)
+    first, cu_first = kernels.compact(none_kept, slots, cu_seqlens, True)
     return first[: cu_seqlens.numel() - 1], cu_first

@@ -61,7 +61,7 @@ def _flops(
     max_seqlen_k: int,
     *rest: Any,
 ) -> int:
-    """Two products, scores and values; keys of weight 0 are computed and counted, too."""
+    """Two products, scores and values; keys of weight 0 are also computed and counted."""
     return 2 * 2 * pair_count(cu_seqlens_q, cu_seqlens_k, q.size(0), max_seqlen_k) * q.size(1) * q.size(2)
 
 

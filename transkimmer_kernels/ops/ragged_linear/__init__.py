@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_apart, check_cu_seqlens, check_slots, check_tensor, refuse_gradients, require
+from ..checks import (
+    FLOATS,
+    check_apart,
+    check_cu_seqlens,
+    check_slots,
+    check_tensor,
+    check_weight,
+    refuse_gradients,
+    require,
+)
 from ..counting import product_flops, row_count
 from ..rows import pick_rows, send_rows_back, zero_tail
 
@@ -139,9 +148,9 @@ define(
 )
 
 
-def _check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_product(name: str, kernels: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("x", x, dim=2, dtype=FLOATS)
-    check_tensor("weight", weight, dtype=x.dtype, device=x.device, shape=(None, x.size(1)))
+    check_weight("weight", weight, x, (None, x.size(1)), name, kernels)
     if bias is not None:
         check_tensor("bias", bias, dtype=x.dtype, device=x.device, shape=(weight.size(0),))
 
@@ -175,7 +184,7 @@ def ragged_linear(
     Returns:
         [capacity, out] (`capacity = rows` without `slots`); undefined at and beyond the token count.
     """
-    _check_product(x, weight, bias)
+    _check_product("ragged_linear", kernels, x, weight, bias)
     require(activation in ACTIVATIONS, f"activation: must be one of {ACTIVATIONS}, got {activation!r}")
     if slots is None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, x.size(0), x.device)
@@ -214,7 +223,7 @@ def ragged_linear_norm(
     Returns:
         [capacity, out]; undefined at and beyond the token count.
     """
-    _check_product(x, weight, bias)
+    _check_product("ragged_linear_norm", kernels, x, weight, bias)
     _check_norm(x, weight.size(0), residual, norm_weight, norm_bias)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x.size(0), x.device)
     if residual_slots is not None:
@@ -256,7 +265,7 @@ def ragged_linear_norm_(
     Returns:
         `hidden`.
     """
-    _check_product(x, weight, bias)
+    _check_product("ragged_linear_norm_", kernels, x, weight, bias)
     _check_norm(x, weight.size(0), residual, norm_weight, norm_bias)
     tensors = (hidden, x, weight, bias, residual, norm_weight, norm_bias)
     refuse_gradients("ragged_linear_norm_", "use ragged_linear_norm and scatter_rows", *tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...library import define
 from ...registry import select
-from ..checks import FLOATS, check_slots, check_tensor
+from ..checks import FLOATS, check_slots, check_tensor, check_weight
 from ..counting import product_flops, row_count
 from ..rows import pick_rows, send_rows_back, zero_tail
 
@@ -108,17 +108,22 @@ def skim_logit(
         for a threshold t on the keep probability.
     """
     weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
-    check_predictor(hidden, slots, cu_seqlens, weights)
+    check_predictor("skim_logit", kernels, hidden, slots, cu_seqlens, weights)
     run = select("skim_logit", kernels, hidden.device, hidden.dtype)
     return run(hidden.contiguous(), slots.contiguous(), cu_seqlens.contiguous(), *weights, eps)
 
 
-def check_predictor(hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...]) -> None:
-    """The arguments of `skim_logit`; `weights` in the order of `WEIGHTS`."""
+def check_predictor(
+    name: str, kernels: str, hidden: Tensor, slots: Tensor, cu_seqlens: Tensor, weights: tuple[Tensor, ...]
+) -> None:
+    """The arguments of `skim_logit`, for operator `name`; `weights` in the order of `WEIGHTS`."""
     check_tensor("hidden", hidden, dim=2, dtype=FLOATS)
     check_tensor("slots", slots, device=hidden.device)
     check_slots("slots", slots, cu_seqlens, hidden.size(0))
     width, inner = hidden.size(1), weights[WEIGHTS.index("fc_bias")].numel()
     shapes = ((width,), (width,), (inner, width), (inner,), (inner,), (inner,), (inner,), (1,))
-    for name, weight, shape in zip(WEIGHTS, weights, shapes, strict=True):
-        check_tensor(name, weight, dtype=hidden.dtype, device=hidden.device, shape=shape)
+    for argument, weight, shape in zip(WEIGHTS, weights, shapes, strict=True):
+        if len(shape) == 2:
+            check_weight(argument, weight, hidden, shape, name, kernels)
+        else:
+            check_tensor(argument, weight, dtype=hidden.dtype, device=hidden.device, shape=shape)

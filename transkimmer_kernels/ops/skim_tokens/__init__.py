@@ -67,7 +67,7 @@ def skim_tokens(
         `(slots, cu_seqlens)` of the survivors, as `compact` returns them. Not differentiable.
     """
     weights = (norm1_weight, norm1_bias, fc_weight, fc_bias, norm2_weight, norm2_bias, out_weight, out_bias)
-    check_predictor(hidden, slots, cu_seqlens, weights)
+    check_predictor("skim_tokens", kernels, hidden, slots, cu_seqlens, weights)
     run = select("skim_tokens", kernels, hidden.device, hidden.dtype)
     lists = slots.contiguous(), cu_seqlens.contiguous()
     return run(hidden.contiguous(), *lists, *weights, eps, logit_threshold, keep_first)
