@@ -62,7 +62,8 @@ inline Tensor plain_product(const Tensor& x, const Tensor& weight, const Optiona
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", linear.data(), TORCH_ABI_VERSION));
   Tensor y = to<Tensor>(linear[0]);
   // Its bytes are read as x's dtype. Python excludes autocast, which would give another.
-  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "weight: its product has another dtype than x; is autocast on?");
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(),
+                  "weight: its product has another dtype than x; is autocast on?");
   if (!gelu) return y;
   std::array<StableIValue, 2> activation{from(y), from(std::string("none"))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gelu", "", activation.data(), TORCH_ABI_VERSION));

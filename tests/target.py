@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def poisoned_allocations(device: str) -> Iterator[None]:
-    """Fresh tensors start as NaN (integers: the largest), so that an element nobody wrote is seen."""
+    """Fresh tensors start as NaN (integers: the largest), so that an element that was not written is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         # On a GPU there are operators without a deterministic form that the tests' own formulas need.

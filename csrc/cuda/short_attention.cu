@@ -21,7 +21,7 @@
 //
 // Importance is summed over rows in a fixed order (registers, lanes, warps) into one value per head and key;
 // a second kernel adds up the heads, as deterministically. A counter by which the last block did that would
-// have to be zeroed, which is a launch, too.
+// have to be zeroed, which is another launch.
 //
 // Tried: eight warps in the shorter kind, whose 128 registers a thread spill; P packed to 16 bits before the
 // first product, which spills more. Not taken: cp.async, since v passes through registers anyway and all

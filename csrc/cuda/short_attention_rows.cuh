@@ -48,7 +48,7 @@ struct Window {
 // The keys, counted from the window's first, that query `row` of the batch attends to.
 __device__ Range keys_of_row(const ShortAttentionArguments& arguments, const Window& window, int row) {
   const TileSequences s = window.sequences;
-  // The last sequence that starts at or before the row; empty ones start there, too, but before it.
+  // The last sequence that starts at or before the row; empty ones also start there, but come before it.
   const int64_t b =
       s.first + lower_bound(arguments.cu_seqlens_q + s.first, s.last - s.first, int64_t{row} + 1) - 1;
   return {arguments.cu_seqlens_k[b] - window.first_key, arguments.cu_seqlens_k[b + 1] - window.first_key};

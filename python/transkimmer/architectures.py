@@ -165,7 +165,7 @@ def check_containers(layer: nn.Module, architecture: Architecture) -> None:
 
 
 def is_plain_norm(module: Any) -> bool:
-    """Whether a kernel may stand for calling it: PyTorch's own LayerNorm, whole, and nobody listens."""
+    """Whether a kernel may stand for calling it: PyTorch's own LayerNorm, with both parameters and no hooks."""
     return (
         type(module) is nn.LayerNorm
         and "forward" not in vars(module)

@@ -33,7 +33,7 @@ class SkimConfig:
         threshold: keep probability from which a token is kept, strictly between 0 and 1.
         skim_attention: in training, "renormalized" puts the keep weight inside the softmax, so that training computes
             what removal computes; "published" multiplies the attention probabilities, as the published code does.
-        pruned_training: removes skimmed tokens in training, too, after the layer that skims them: the same values for
+        pruned_training: also removes skimmed tokens in training, after the layer that skims them: the same values for
             less work, but later layers no longer tell a decision what it has cost. Not with "published" attention,
             where skimmed tokens count in the softmax to the end.
         schedule: synthetic: the share of a sequence's tokens that each layer works on, instead of the predictors'

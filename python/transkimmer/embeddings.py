@@ -25,7 +25,7 @@ class SkimmingEmbeddings(nn.Module):
     """Mixed into a Hugging Face embeddings class; `skimming_class` makes the combination.
 
     Attributes set by `add_skimming`:
-        skim_encoder: (the encoder,): whose choice of kernels holds here, too; in a tuple, so that it is no submodule.
+        skim_encoder: (the encoder,), whose choice of kernels also holds here; in a tuple: no submodule.
     """
 
     skim_encoder: tuple[Any]

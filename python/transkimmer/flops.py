@@ -49,7 +49,7 @@ class EncoderShape:
         predictor: inner width of the skim predictors, 0 where there are none.
         predictor_outputs: 2, keep and skim, is the paper's count; 1 what we execute, only their difference (0.01 % of
             a BERT-base layer less).
-        scores_first: whether predictors score first tokens, too, which stay anyway (where decisions are drawn).
+        scores_first: whether predictors also score first tokens, which stay anyway (where decisions are drawn).
     """
 
     layers: int

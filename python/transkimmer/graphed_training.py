@@ -3,7 +3,7 @@
 A training step of BERT on packed sequences has well over a thousand kernels, and a fast device waits for its host.
 Once the host knows how many tokens there are, which it asks before the layers, nothing in an unpruned training forward
 depends on a value on the device, so it can be recorded once per size. Batches differ in their number of tokens. A
-graph's is that number rounded up; the rows left over are sequences of their own, which nobody reads and nobody attends
+graph's is that number rounded up; the rows left over are sequences of their own, which are never read or attended
 to, so that their gradients are zero.
 """
 
@@ -65,7 +65,7 @@ class GraphedTraining:
     """The graphs of one encoder, for one thread. A step goes backwards before the next one begins, or runs eagerly.
 
     Graphs share their memory: activations of the largest, one set of gradients, and each one's input and output. What
-    Python decides in a layer, but for the rates of dropout, stays what it was when its size was captured.
+    Python decides in a layer, except the rates of dropout, stays what it was when its size was captured.
 
     Attributes:
         uses_before: how often a size runs eagerly before it is captured, which takes as long as ten steps or so.

@@ -244,7 +244,7 @@ class GraphedForward:
             return reason
 
     def _replay_at_once(self, request: Request, size: tuple[int, int]) -> ModelOutput | None:
-        """Before anybody has looked whether the graph is of these weights: it holds what it reads, and does no harm."""
+        """Before it is known whether the graph is of these weights: it holds what it reads, so no harm is done."""
         try:
             return self._replay(request, size)
         except Exception:  # raised again by the replay that follows, unless the reason is a change
@@ -344,12 +344,12 @@ class _StaticForward:
             features = x.shape[-1:] if name == "inputs_embeds" else ()
             self.inputs[name] = x.new_zeros((*self.shape, *features), dtype=_DTYPES.get(name, x.dtype))
         self.nbytes = sum(x.nbytes for x in self.inputs.values())
-        # Kept while the graph is: parameters may be given other memory before anybody looks.
+        # Kept while the graph is: parameters may be given other memory before that is noticed.
         self._read = [x.detach() for x in (*model.parameters(), *model.buffers())]
         # Which axes of an output are as long as the sequence is: told by a forward that is one token shorter.
         shorter = (*self.shape[:-1], max(size[1] - 1, 1))
         self._shorter = {name: x.shape for name, x in self._forward(shorter).items()}
-        self._prepared = encoder.skim_weights.held  # kept, too: those of other settings may take their place
+        self._prepared = encoder.skim_weights.held  # also kept: those of other settings may take their place
         self._corners: dict[tuple[int, ...], Tensors] = {}
 
     def _cut(self, shape: tuple[int, ...]) -> Tensors:

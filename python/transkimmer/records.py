@@ -87,5 +87,5 @@ def record_skimming() -> Iterator[list[SkimRecord]]:
 
 
 def current_records() -> list[SkimRecord] | None:
-    """The innermost open block's records, or None where nobody is recording."""
+    """The innermost open block's records, or None where no block is open."""
     return _records.get()

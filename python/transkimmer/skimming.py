@@ -272,7 +272,7 @@ def _check_forwards(model: Any, encoder: nn.Module, embeddings: nn.Module) -> No
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Gives a model its own copy of a config that other models may have, too, since skimming changes it."""
+    """Gives a model its own copy of a config that other models may share, because skimming changes it."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(vars(module).get("config"), PretrainedConfig):

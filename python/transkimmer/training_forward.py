@@ -80,7 +80,7 @@ class TrainingEncoder:
     temperature, noise: of the draws, see `straight_through_keep`.
     recompute: feed-forward networks and predictors keep no activations, and recompute them in the backward pass.
     first_token_only: nothing but the first tokens' final states is read. Pruned training then leaves a skimmed token
-    out as a query, too, in the layer that skims it: its output there could only matter to a readout of it.
+    out as a query in the layer that skims it as well: its output there could only matter to a readout of it.
     """
 
     layers: Sequence[nn.Module]

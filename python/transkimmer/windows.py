@@ -36,7 +36,7 @@ class QuestionWindows(Features):
 
     A passage that is too long is read in several windows. In training, a window that does not hold the whole (first)
     answer is one without answer: both positions are the first token's. `labels` are the windows' own numbers, by
-    which whoever judges a model's output finds what they are windows on.
+    which a judge of the output finds the questions again.
 
     Args:
         tokenizer: a fast one, that pads on the right.

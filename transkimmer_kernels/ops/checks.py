@@ -29,7 +29,7 @@ def check_tensor(
     """Checks kind, rank, dtype, device and, where given, the sizes (None matches any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    # No `require` here: writing a message that nobody gets takes longer than the check.
+    # No `require` here: formatting a message that is never shown takes longer than the check.
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name}: expected {dim} dimensions, got {describe(tensor)}")
     if dtype is not None:

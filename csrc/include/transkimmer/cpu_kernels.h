@@ -1,4 +1,4 @@
-// Interface between the CPU kernels (csrc/cpu, no torch) and whoever calls them: plain pointers, element
+// Interface between the CPU kernels (csrc/cpu, no torch) and their callers: plain pointers, element
 // strides and one table of functions per instruction set. Every kernel works on a range of its rows or on one
 // piece of its work, so that the caller owns the threads and the scratch memory.
 #pragma once

@@ -25,7 +25,7 @@ struct SkimLogitArguments {
   float eps, threshold;
 };
 
-// Widths that the kernel is compiled for; others are somebody else's.
+// Widths that the kernel is compiled for; Triton serves the others.
 TRANSKIMMER_HOST_DEVICE constexpr bool skim_logit_fits(int64_t width, int64_t inner) {
   return width > 0 && width <= 1024 && width % 64 == 0 && inner == 192;
 }

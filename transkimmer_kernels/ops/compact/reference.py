@@ -13,7 +13,7 @@ def compact(keep: Tensor, slots: Tensor, cu_seqlens: Tensor, keep_first: bool) -
     keep = keep & (position < cu_seqlens[-1])
     if keep_first and batch:
         start, end = cu_seqlens[:-1], cu_seqlens[1:]
-        # An empty sequence has no first token: its start is somebody else's row, or past the end.
+        # An empty sequence has no first token: its start is another sequence's row, or past the end.
         first = torch.zeros(capacity + 1, dtype=torch.bool, device=slots.device)
         first[torch.where(end > start, start, capacity).long()] = True
         keep = keep | first[:capacity]
