@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from transkimmer.demo.model import backbone_folder
 from transkimmer.flops import EncoderShape
 from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TEXT_TASKS, load_split
-from transkimmer.training.calibration import calibrate
 from transkimmer.training.evaluation import training_forward_difference
 from transkimmer.training.evaluation_command import figures_of, load
 from transkimmer.training.kinds import kind_of
@@ -45,6 +43,7 @@ from transkimmer.training.run import Run, hold_out
 from transkimmer_kernels.files import write_whole
 
 from . import accuracy_plan, accuracy_rows
+from .accuracy_curve import calibrated
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
@@ -54,6 +53,7 @@ POINTS = "points.json"
 # which start from the backbone, take as many as both together.
 EPOCHS = {"sst2": (2.0, 3.0)}
 SMALL_TASK_EPOCHS = (5.0, 8.0)
+TIMES = ("wall_clock_speedup", "skim_efficiency")  # columns of --time
 # Settings that have a column of their own; others are named in the column `mode`.
 OWN_COLUMNS = {"skim_weight": "skim_weight", "pruned_training": "pruned"}
 
@@ -147,9 +147,14 @@ class Table:
             self._finish_dense(training.dense)
         job, document, seconds = self._carry_out(training, dense)
         points = self._points(training, job, document)
-        row = self.row_of(training.dense)
-        assert row is not None
-        written = [{**point, "dense": row["value"], "seconds_train": seconds} for point in points]
+        started_from = document.get("dense_dev")  # nothing in modes that start from the backbone
+        if started_from is None:
+            row = self.row_of(training.dense)
+            assert row is not None
+            value: Any = row["value"]
+        else:
+            value = started_from["metrics"][job.task.metric]
+        written = [{**point, "dense": value, "seconds_train": seconds} for point in points]
         write_whole(job.output / POINTS, json.dumps(written, indent=2) + "\n")
         self._add(training, written)
         shutil.rmtree(job.output / "skimming", ignore_errors=True)
@@ -209,13 +214,7 @@ class Table:
             own = apart if decision == "argmax" else {}
             add(decision, document["held_out"][name], document["dev"][name], shift=0.0, **own)
         skimming_of(model).config.decision = "threshold"
-        shift = 0.0
-        for wanted in self.speedups:
-            try:
-                shift += calibrate(model, held_out.batches, wanted)
-            except ValueError as error:
-                print(f"{training.folder}: {error}", file=sys.stderr)
-                break
+        for wanted, shift in calibrated(model, held_out.batches, self.speedups, str(training.folder)):
             held, found = (job.judged(model, rows).to_dict() for rows in (held_out, dev))
             add("threshold", held, found, calibrated_to=wanted, shift=shift)
         return points
@@ -242,10 +241,10 @@ class Table:
     def add_times(self, training: Training, repeats: int) -> None:
         """Measures the kept model of a finished training against our dense run, in turn, point by point.
 
-        On a GPU both run in bf16, as they would be served there.
+        On a GPU both run in bf16, as they would be served there. Rows keep what they say of the training.
         """
         folder = self.work / training.folder
-        if training.mode == "dense" or not (folder / POINTS).is_file():
+        if training.mode == "dense" or not (folder / POINTS).is_file() or self.row_of(training) is None:
             return
         task, written = TEXT_TASKS[training.task], json.loads((folder / POINTS).read_text(encoding="utf-8"))
         model, dev = self._loaded(Run(task, training.recipe, training.backbone, folder), "dev")
@@ -258,9 +257,10 @@ class Table:
                 config.threshold = float(torch.sigmoid(torch.tensor(-point["shift"], dtype=torch.float64)))
                 judge = kind_of(task).judge(dev.features, model)
                 figures = figures_of(model, task, dev.batches, repeats, judge)
-                point |= {name: figures[name] for name in ("wall_clock_speedup", "skim_efficiency")}
+                point |= {name: figures[name] for name in TIMES}
         write_whole(folder / POINTS, json.dumps(written, indent=2) + "\n")
-        self._add(training, written)
+        timed = [{**training.columns, **point} for point in written if TIMES[0] in point]
+        accuracy_rows.update(self.results, timed, TIMES)
 
     def drop_dense(self, training: Training, left: Sequence[Training]) -> None:
         """Removes the weights of a dense fine-tune that no training in `left` starts from."""
@@ -295,7 +295,7 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _speedup(text: str) -> float:
+def speedup(text: str) -> float:
     value = float(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 1")
@@ -312,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--modes", nargs="+", default=["dense", "corrected", "published"], choices=MODES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--speedups", nargs="+", type=_speedup, default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument("--speedups", nargs="+", type=speedup, default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of skimming recipes")
     parser.add_argument("--bf16", action="store_true", help="autocast, where a processor multiplies faster in bf16")
     parser.add_argument("--minutes", type=float, help="start no training after so long")
@@ -324,7 +324,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=WORK, help="folder for models and checkpoints")
     arguments = parser.parse_args(argv)
     if arguments.data is None and not arguments.plan:
-        parser.error("--data: is needed but for --plan")
+        parser.error("--data: is needed except for --plan")
     if arguments.backbone is None:
         arguments.backbone, arguments.name = str(backbone_folder()), arguments.name or "all-MiniLM-L6-v2"
     arguments.name = arguments.name or Path(arguments.backbone).name

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .markdown import NOTHING
+
 NAME, TRIALS = "accuracy.csv", "accuracy-trials.csv"
 DENSE = "dense"
 
@@ -168,7 +170,7 @@ class Configuration:
         """How it decides, in words."""
         if self.calibrated_to is not None:
             return f"calibrated to {self.calibrated_to:g}"
-        return self.decision or "–"
+        return self.decision or NOTHING
 
     @property
     def tokens_kept(self) -> list[float] | None:

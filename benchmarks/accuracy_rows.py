@@ -72,11 +72,27 @@ def add(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for values in rows:
             row = to_text(values)
             merged[identity(row, POINT)] = row
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
-        write_whole(path, text.getvalue())
+        _write(path, merged.values())
+
+
+def update(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Sets `columns` of the stored rows of the same points in one step, and nothing else; adds no row."""
+    with FileLock(f"{path}.lock"):
+        stored = read(path)
+        found = {identity(row, POINT): row for row in stored}
+        for values in rows:
+            row = to_text(values)
+            if (old := found.get(identity(row, POINT))) is not None:
+                old |= {column: row[column] for column in columns}
+        _write(path, stored)
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def identity(row: Mapping[str, Any], columns: Sequence[str] = TRAINING) -> tuple[str, ...]:

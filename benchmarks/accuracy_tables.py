@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from . import accuracy_plots, accuracy_results
 from .accuracy_results import Configuration, Mean
-from .model_tables import NOTHING, head, line
+from .markdown import NOTHING, head, line
 
 UNMEASURED = "Not measured yet: there is no row in `benchmarks/results/accuracy.csv`."
 _HEADS = ("training", "λ", "decision", "dev", "− dense", "held out", "FLOPs ×", "padded ×", "tokens kept")
@@ -43,8 +43,8 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
         "without its noise; the largest difference is that of a logit, over the largest logit. Wall-clock is over our",
         "own dense run without padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the",
         "speedup of the FLOPs that both execute, in which the last layer is cut to the first token: somewhat less",
-        "than `FLOPs ×`, the paper's count. A curve of a seed ends where no shift leads to the next speedup, so that",
-        "points further on are means over fewer seeds; wall-clock was not taken of every seed either.",
+        "than `FLOPs ×`, the paper's count. A speedup that no shift leads to has no point for that seed, so that some",
+        "points are means over fewer seeds; wall-clock was not taken of every seed either.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):

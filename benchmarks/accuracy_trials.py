@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transkimmer.bench.results import commit, device_name
 from transkimmer.skimming import skimming_of
 from transkimmer.tasks import TEXT_TASKS, load_split
-from transkimmer.training.calibration import calibrate
 from transkimmer.training.kinds import Rows
 from transkimmer.training.output import prepare_output
 from transkimmer.training.recipe import SETTINGS, recipe_of
@@ -34,7 +33,8 @@ from transkimmer.training.run import Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
-from .accuracy import ROOT, WORK, setting
+from .accuracy import ROOT, WORK, setting, speedup
+from .accuracy_curve import calibrated
 
 RESULTS = ROOT / "benchmarks/results/accuracy-trials.csv"
 # settings: JSON, of the recipe, besides those of mode corrected; value, dense: of the trained model and of the dense
@@ -59,12 +59,7 @@ def points(job: Run, speedups: Sequence[float]) -> Iterator[dict[str, Any]]:
     for decision in ("sample", "threshold"):
         config.decision = decision
         yield {**common, "decision": {"threshold": "argmax"}.get(decision, decision), **_columns(job, model, rows)}
-    for wanted in speedups:
-        try:
-            calibrate(model, rows.batches, wanted)
-        except ValueError as error:
-            print(error)
-            return
+    for wanted, _ in calibrated(model, rows.batches, speedups, job.task.name):
         yield {**common, "decision": "threshold", "calibrated_to": wanted, **_columns(job, model, rows)}
 
 
@@ -94,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense fine-tune to start from")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="of the recipe")
-    parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 2.5])
+    parser.add_argument("--speedups", nargs="+", type=speedup, default=[1.5, 2.0, 2.5])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK.with_name("trials"), help="folder for checkpoints")
     return parser.parse_args(argv)

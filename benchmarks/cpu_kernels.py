@@ -1,8 +1,9 @@
 """Native CPU operators against the best way to the same result without them, on BERT-base shapes and real lengths.
 
-    python benchmarks/cpu_kernels.py [--dtype bf16] [--json FILE]
+    python -m benchmarks.cpu_kernels [--dtype bf16] [--json FILE]
 
-That way is plain PyTorch; for the operators made of several others, it is those others.
+That way is plain PyTorch, with its products on weights packed once for oneDNN where it can; for the operators made of
+several others, it is those others. Both sides have to agree before they are timed.
 A native kernel stays only where it wins here. Contenders take turns; times are medians of the repeats, a ratio above
 1 means that ours is faster. Between two timed calls a buffer larger than the caches is read, as a product's weights
 are in a model; `hot` leaves that out.
@@ -11,9 +12,6 @@ are in a model; `hot` leaves that out.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transkimmer.bench.environment import environment
+from transkimmer.bench.field import TOLERANCES
 from transkimmer.bench.workload import DTYPES, known_lengths
 
 from transkimmer_kernels import kernel_set
-from transkimmer_kernels.files import write_whole
+from transkimmer_kernels.cpu_products import pack_weight
+from transkimmer_kernels.onednn import can_pack
 from transkimmer_kernels.ops.encoder_layer.compose import compose_layer_
+
+from .single_runs import median_seconds, write
 
 WIDTH, HEADS, FFN = 768, 12, 3072
 BATCH = 16
@@ -40,10 +41,11 @@ class Case:
     """A ragged batch of MRPC lengths of which every sequence keeps `kept` of its tokens."""
 
     kept: float
-    dtype: torch.dtype
+    dtype_name: str
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
+        self.dtype = DTYPES[self.dtype_name]
         full = torch.tensor(known_lengths()["mrpc"][:BATCH])
         self.rows = int(full.sum())
         self.lengths = (full * self.kept).round().long().clamp(min=1)
@@ -57,9 +59,17 @@ class Case:
         self.norm = torch.ones(WIDTH, dtype=self.dtype), torch.zeros(WIDTH, dtype=self.dtype)
         self.kernels = kernel_set("cpu", "cpu", self.dtype)
         self.packed = self.kernels.pack_weight(self.weight)
+        self.packs = can_pack(self.dtype)
+        self.weight_of_others = pack_weight(self.weight, "onednn") if self.packs else self.weight
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
+
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        """By the best product that plain PyTorch has."""
+        if self.packs:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight_of_others, bias, "none", [], "")
+        return F.linear(x, self.weight_of_others, bias)
 
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -73,7 +83,7 @@ def attention(c: Case) -> Pair:
     def ours() -> Any:
         return c.kernels.ragged_attention(
             q, k, v, c.cu_seqlens, c.cu_seqlens, longest, longest, (WIDTH // HEADS) ** -0.5, None, False
-        )
+        )[0]
 
     def plain() -> Tensor:
         parts = []
@@ -110,7 +120,7 @@ def linear_norm(c: Case) -> Pair:
     bias = c.normal(WIDTH)
 
     def plain() -> Tensor:
-        y = torch.ops.mkldnn._linear_pointwise(c.x, c.packed, bias, "none", [], "none")
+        y = c.product(c.x, bias)
         return c.hidden.index_copy_(0, index, F.layer_norm(y + c.x, (WIDTH,), *c.norm, 1e-12))
 
     def ours() -> None:
@@ -124,8 +134,7 @@ def skim_logit(c: Case) -> Pair:
 
     def plain() -> Tensor:
         x = F.layer_norm(c.hidden.index_select(0, c.slots), (WIDTH,), *c.norm, 1e-5)
-        y = torch.ops.mkldnn._linear_pointwise(x, c.packed, bias, "none", [], "none")
-        return F.gelu(F.layer_norm(y, (WIDTH,), *c.norm, 1e-5)) @ out + out_bias
+        return F.gelu(F.layer_norm(c.product(x, bias), (WIDTH,), *c.norm, 1e-5)) @ out + out_bias
 
     def ours() -> Tensor:
         return c.kernels.skim_logit(
@@ -169,18 +178,27 @@ OPERATORS: dict[str, Callable[[Case], Pair]] = {
 }
 
 
-def seconds(runs: Pair, repeats: int, flush: Tensor | None) -> list[list[float]]:
-    """Times of each contender, taken in turn; the first three rounds compile and warm up."""
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 3):
-        for run, taken in zip(runs, times, strict=True):
-            if flush is not None:
-                flush.sum()
-            start = time.perf_counter()
-            run()
-            if repeat >= 3:
-                taken.append(time.perf_counter() - start)
-    return times
+def check(case: Case, name: str, runs: Pair) -> None:
+    """Raises ValueError where the two sides differ by more than the dtype's error; `case` stays as it is."""
+    before, found = case.hidden.clone(), []
+    for run in runs:
+        found.append([x.clone() for x in _compared(run(), case)])
+        case.hidden.copy_(before)
+    for ours, plain in zip(*found, strict=True):
+        if ours.shape != plain.shape:
+            raise ValueError(f"{name}: shapes differ, {tuple(ours.shape)} and {tuple(plain.shape)}")
+        apart = float((ours.double() - plain.double()).abs().max() / plain.double().abs().max())
+        exact = not ours.is_floating_point()
+        if not apart <= (0.0 if exact else TOLERANCES[case.dtype_name]):
+            raise ValueError(f"{name}: results differ by {apart:.1e} of the largest")
+
+
+def _compared(found: Any, case: Case) -> list[Tensor]:
+    """What a run returned, or else changed; lists of tokens without what lies beyond their end."""
+    if isinstance(found, tuple):
+        slots, cu_seqlens = found
+        return [slots[: int(cu_seqlens[-1])], cu_seqlens]
+    return [case.hidden if found is None else found]
 
 
 @torch.inference_mode()
@@ -193,22 +211,19 @@ def main() -> None:
     flush = torch.zeros(CACHE_BYTES // 4)
     rows = []
     for kept in KEPT:
-        case = Case(kept, DTYPES[arguments.dtype])
+        case = Case(kept, arguments.dtype)
         for name, make in OPERATORS.items():
             row: dict[str, Any] = {"name": name, "dtype": arguments.dtype, "tokens": case.tokens}
-            for state, buffer in (("hot", None), ("cold", flush)):
-                ours, plain = (statistics.median(taken) for taken in seconds(make(case), arguments.repeats, buffer))
+            for state, between in (("hot", None), ("cold", flush.sum)):
+                runs = make(case)
+                check(case, name, runs)
+                field = dict(zip(("ours", "plain"), runs, strict=True))
+                ours, plain = median_seconds(field, arguments.repeats, 3, between).values()  # three rounds compile
                 row[state] = {"ours_us": round(ours * 1e6, 1), "plain_us": round(plain * 1e6, 1)}
                 row[state]["ratio"] = round(plain / ours, 2)
             rows.append(row)
             print(row)
-    if arguments.json is not None:
-        document = {
-            "title": "Native CPU operators against the same without them",
-            "environment": environment(),
-            "rows": rows,
-        }
-        write_whole(arguments.json, json.dumps(document, indent=2) + "\n")
+    write(arguments.json, "Native CPU operators against the same without them", rows)
 
 
 if __name__ == "__main__":

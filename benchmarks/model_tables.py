@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from transkimmer.bench.contenders import KEEP_ALL as OURS
+from transkimmer.bench.contenders import PADDED, SKIMMING
+
 from . import plots
+from .markdown import NOTHING, head, line
 from .runs import Device, Row, Workload, short_name
 
-SKIMMING = "skimming"
-OURS = "dense, padding-free (ours)"
-PADDED = "dense, padded (Hugging Face SDPA)"
 HEADLINE_MODEL, PLOTTED = "bert-base-shape", "cpu-avx512-zen-5"
 SMALL_BATCHES, LENGTHS = (1, 8), ("mrpc", "sst2", "rte", "squad2", "imdb")
-NOTHING = "–"
 
 # Folder of results -> instruction set of its CPU.
 INSTRUCTION_SETS = {"cpu-avx2": "AVX2", "cpu-avx512": "AVX-512", "cpu-avx512-zen-5": "AVX-512 (Zen 5)"}
@@ -64,7 +64,8 @@ def page(devices: Sequence[Device]) -> str:
     parts = [
         "# Results",
         "",
-        "Generated from `benchmarks/results` by `make report`; `docs/benchmarks.md` says how.",
+        "Generated from `benchmarks/results` by `make report`; `docs/benchmarks.md` says how. A figure is of the",
+        "newest run that timed its contender on that workload.",
         "",
     ]
     for device in devices:
@@ -73,8 +74,8 @@ def page(devices: Sequence[Device]) -> str:
         if models:
             parts += ["### Skimming against dense", "", *efficiency_lines(models), ""]
             parts += _images(device, ("speedup", "latency", "roofline"), "")
-            parts += ["### Everybody, in tokens per second", "", *_matrix(models, _tokens), ""]
-            parts += ["### Everybody, in MiB at their peak", "", *_matrix(models, _memory), ""]
+            parts += ["### Every contender, in tokens per second", "", *_matrix(models, _tokens), ""]
+            parts += ["### Every contender, in MiB at its peak", "", *_matrix(models, _memory), ""]
             parts += [*_left_out(models), ""]
         if device.groups("training"):
             parts += ["### A training step", "", *training_lines(device), ""]
@@ -189,18 +190,13 @@ def _memory(row: Row) -> str:
 def _left_out(groups: Iterable[tuple[Workload, dict[str, Row]]]) -> list[str]:
     """Why contenders have no figures, each reason once."""
     notes = {f"- {name}: {row['note']}" for _, rows in groups for name, row in rows.items() if row["note"] is not None}
-    return ["`*`: slow, timed once.", *(["Not timed:", "", *sorted(notes)] if notes else [])]
+    return [
+        "`*`: slow, timed once.",
+        *([f"`{NOTHING}`: not timed, for one of these reasons:", "", *sorted(notes)] if notes else []),
+    ]
 
 
 def _images(device: Device, names: Iterable[str], folder: str) -> list[str]:
     drawn = {figure.name: figure for figure in plots.figures([device])}
     found = [drawn[name] for name in names if name in drawn]
     return [text for figure in found for text in (f"![{figure.title}]({folder}plots/{figure.path.name})", "")]
-
-
-def head(cells: Sequence[str]) -> list[str]:
-    return [line(cells), line(["---"] * len(cells))]
-
-
-def line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -1,6 +1,6 @@
 """Rate of BERT-base's four matrix products against the row count, by the form of the weights.
 
-    python benchmarks/packing.py [--dtype bf16] [--cold] [--json FILE]
+    python -m benchmarks.packing [--dtype bf16] [--cold] [--json FILE]
 
 What `transkimmer_kernels/cpu_products.py` was decided by: our panels, oneDNN's layout for several row counts, and
 F.linear. Contenders take turns; GFLOP/s from the median of the repeats. `--cold`: every call takes the weights of
@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transkimmer.bench.environment import environment
 from transkimmer.bench.workload import DTYPES
 
 from transkimmer_kernels import kernel_set
 from transkimmer_kernels.cpu_products import pack_weight
-from transkimmer_kernels.files import write_whole
 from transkimmer_kernels.onednn import can_pack
+
+from .single_runs import median_seconds, write
 
 SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))  # [out, in]
 ROWS = (16, 56, 128, 336, 880)
@@ -79,21 +76,13 @@ def main() -> None:
     results = []
     for rows in ROWS:
         field = products(rows, DTYPES[arguments.dtype], COLD_SETS if arguments.cold else 1)
-        seconds: dict[str, list[float]] = {name: [] for name in field}
-        for repeat in range(arguments.repeats + 2):
-            for name, run in field.items():
-                start = time.perf_counter()
-                run()
-                if repeat >= 2:  # the first two compile and warm up
-                    seconds[name].append(time.perf_counter() - start)
+        seconds = median_seconds(field, arguments.repeats, warm_up=2)
         flops = 2e-9 * rows * sum(out * width for out, width in SHAPES)
-        rates = {name: round(flops / statistics.median(times), 1) for name, times in seconds.items()}
+        rates = {name: round(flops / median, 1) for name, median in seconds.items()}
         name = f"{rows} rows, cold weights" if arguments.cold else f"{rows} rows"
         results.append({"name": name, "dtype": arguments.dtype, "gflops_per_s": rates})
         print(results[-1])
-    if arguments.json is not None:
-        document = {"title": "Matrix products by row count", "environment": environment(), "rows": results}
-        write_whole(arguments.json, json.dumps(document, indent=2) + "\n")
+    write(arguments.json, "Matrix products by row count", results)
 
 
 if __name__ == "__main__":

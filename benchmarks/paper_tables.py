@@ -19,7 +19,7 @@ from . import accuracy_results
 from .accuracy_plots import WANTED
 from .accuracy_results import Configuration, Row
 from .accuracy_tables import percent, times
-from .model_tables import NOTHING, head, line
+from .markdown import NOTHING, head, line
 
 PAPER = Path(__file__).with_name("paper.json")
 NOT_RUN = "not run"

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transkimmer.bench.contenders import SKIMMING
+
 from .runs import Device, Row, Workload, short_name
 
 FOLDER = Path("docs/plots")
-SKIMMING = "skimming"
 _COLOURS = {"fp32": "#3182bd", "bf16": "#e6550d"}
 _MARKERS = "osD^v<>P"
 _SETTINGS = {

@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 import torch
-from transkimmer.bench.environment import environment
 from transkimmer.bench.workload import DTYPES
 
-from benchmarks.packing import COLD_SETS, SHAPES
 from transkimmer_kernels import kernel_set
 from transkimmer_kernels.cpu_products import pack_weight
-from transkimmer_kernels.files import write_whole
+
+from .packing import COLD_SETS, SHAPES
+from .single_runs import write
 
 ROWS = (6, 12, 24, 36, 54)
 ROUNDS = 8
@@ -75,9 +75,7 @@ def main() -> None:
         row = {"rows": rows, "dtype": arguments.dtype, "library": library, "median_s": statistics.median(times)}
         results.append(row | {"least": times[0], "most": times[-1]})
         print(f"{library}, {rows} rows: {1e3 * times[0]:.3f}, {1e3 * row['median_s']:.3f}, {1e3 * times[-1]:.3f} ms")
-    if arguments.json is not None:
-        document = {"title": "Products in fresh processes", "environment": environment(), "rows": results}
-        write_whole(arguments.json, json.dumps(document, indent=2) + "\n")
+    write(arguments.json, "Products in fresh processes", results)
 
 
 if __name__ == "__main__":

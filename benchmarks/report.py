@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING
+
 from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, paper_tables, plots, runs
+from .markdown import NOTHING, between, head, line
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -27,11 +29,14 @@ MACHINES = {f: name for f, name in model_tables.INSTRUCTION_SETS.items() if (RES
 README = ROOT / "README.md"
 TASKS, DTYPES = ("mrpc", "sst2", "rte", "imdb"), ("fp32", "bf16")
 COLUMNS = ("dtype", "FLOPs × (paper's count)", "wall-clock ×", "**skim efficiency**")
-PADDED, PLAIN, OURS, SKIMMING = range(4)  # order of a result's rows
 
 
 def load(name: str, folder: str) -> dict[str, Any]:
     return json.loads((RESULTS / folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def by_contender(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["rows"]}
 
 
 def single_runs() -> str:
@@ -45,15 +50,15 @@ def single_runs() -> str:
 def schedule_lines(folder: str) -> list[str]:
     results = {name: load(name, folder) for name in (f"{task}-{dtype}" for task in TASKS for dtype in DTYPES)}
     heads = ("lengths, schedule", *COLUMNS, "spread", "× padded HF", "our dense × plain PyTorch")
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = head(heads)
     for name, result in results.items():
         task, dtype = name.split("-")
-        rows = result["rows"]
+        rows = by_contender(result)
         skimming, padded = rows[SKIMMING], rows[PADDED]
         over_padded = padded["median_s"] / skimming["median_s"]
-        dense = rows[PLAIN]["median_s"] / rows[OURS]["median_s"]
-        spread = "–" if skimming["spread"] is None else f"{skimming['spread']:.0%}"
-        lines.append(_line([task, dtype, *_speedups(skimming), spread, f"{over_padded:.2f}", f"{dense:.2f}"]))
+        dense = rows[PLAIN]["median_s"] / rows[KEEP_ALL]["median_s"]
+        spread = NOTHING if skimming["spread"] is None else f"{skimming['spread']:.0%}"
+        lines.append(line([task, dtype, *_speedups(skimming), spread, f"{over_padded:.2f}", f"{dense:.2f}"]))
     environment = next(iter(results.values()))["environment"]
     return [
         *lines,
@@ -65,12 +70,12 @@ def schedule_lines(folder: str) -> list[str]:
 
 def demo_lines() -> list[str]:
     heads = ("demo: MiniLM, SST-2 dev, batch 32, learned decisions", *COLUMNS, "accuracy", "same answers")
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = head(heads)
     for folder, machine in MACHINES.items():
         for dtype in DTYPES:
-            row = load(f"demo-{dtype}", folder)["rows"][SKIMMING]
+            row = by_contender(load(f"demo-{dtype}", folder))[SKIMMING]
             answers = [f"{row['accuracy']:.2%}", f"{row['agreement']:.1%}"]
-            lines.append(_line([f"skimming, {machine}", dtype, *_speedups(row), *answers]))
+            lines.append(line([f"skimming, {machine}", dtype, *_speedups(row), *answers]))
     figures = json.loads((ROOT / "python/transkimmer/demo/figures.json").read_text(encoding="utf-8"))
     return [
         *lines,
@@ -82,18 +87,6 @@ def demo_lines() -> list[str]:
 def _speedups(row: dict[str, Any]) -> list[str]:
     flops = f"{row['flops_speedup']:.2f} ({row['paper_flops_speedup']:.2f})"
     return [flops, f"{row['wall_clock_speedup']:.2f}", f"**{row['skim_efficiency']:.2f}**"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def between(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers of `name`."""
-    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-    before, rest = text.split(start)
-    _, after = rest.split(end)
-    return f"{before}{start}\n{content}{end}{after}"
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:

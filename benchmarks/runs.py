@@ -1,4 +1,4 @@
-"""The dated runs under `benchmarks/results/<device>/`: of every workload and contender the newest row."""
+"""The dated runs under `benchmarks/results/<device>/`: of every workload and contender the newest row with figures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transkimmer.bench.results import only_says_why
 
 Row = dict[str, Any]
 Workload = dict[str, Any]
@@ -47,18 +49,29 @@ def load(folder: Path) -> list[Device]:
 
 
 def merge(name: str, documents: Iterable[dict[str, Any]]) -> Device:
-    """The newest row of each contender; of a workload that was timed over other numbers of batches, the last time's."""
-    device, newest, batches = Device(name), {}, {}
+    """The newest row of each contender; of a workload that was timed over other numbers of batches, the last time's.
+
+    A row without figures, of a contender that a later run left out, takes the place of none that has some.
+    """
+    device = Device(name)
+    newest: dict[str, Row] = {}
+    batches: dict[str, Any] = {}
     for document in sorted(documents, key=lambda document: document["date"]):
         device.environments[document["commit"]] = document["environment"]
         for row in document["rows"]:
-            newest[json.dumps([row["kind"], row["workload"], row["contender"]], sort_keys=True)] = row
-            batches[_but_for_batches(row)] = row["workload"].get("batches")
-    device.rows = [row for row in newest.values() if row["workload"].get("batches") == batches[_but_for_batches(row)]]
+            key, count = json.dumps([row["kind"], row["workload"], row["contender"]], sort_keys=True), _any_batches(row)
+            if only_says_why(row):
+                if only_says_why(newest.setdefault(key, row)):
+                    newest[key] = row
+                batches.setdefault(count, row["workload"].get("batches"))
+            else:
+                newest[key] = row
+                batches[count] = row["workload"].get("batches")
+    device.rows = [row for row in newest.values() if row["workload"].get("batches") == batches[_any_batches(row)]]
     return device
 
 
-def _but_for_batches(row: Row) -> str:
+def _any_batches(row: Row) -> str:
     return json.dumps([row["kind"], {**row["workload"], "batches": None}], sort_keys=True)
 
 

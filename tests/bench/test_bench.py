@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transkimmer import SkimConfig, add_skimming
-from transkimmer.bench import show, workload
+from transkimmer.bench import command, show, workload
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
-from transkimmer.bench.timing import Limits, compare, paired_speedup, time_in_turn
+from transkimmer.bench.timing import Limits, Row, compare, paired_speedup, time_in_turn
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
@@ -190,7 +190,8 @@ def test_json_and_html(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert list(row) == KEYS
         assert row["accuracy"] is None  # random tokens have no labels
         assert row["spread"] is None  # timed once
-    assert document["options"]["batch_size"] == 4 and document["environment"]["torch"] == torch.__version__
+    assert document["options"]["batch_size"] == 4 and document["options"]["max_length"] == 512
+    assert document["environment"]["torch"] == torch.__version__
     assert document["title"] in " ".join(capsys.readouterr().out.split())
 
     html = page.read_text(encoding="utf-8")
@@ -230,6 +231,8 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*SCHEDULED, "--threads", "0"], "--threads 0: must be at least 1"),
         ([*SCHEDULED, "--max-length", "3"], "--max-length 3: must be at least 4"),
         ([*SCHEDULED, "--max-length", "32", "--lengths", "33"], "--lengths 33: a number must be from 1 to 32 here"),
+        (["--model", "demo", "--max-length", "16"], "--max-length 16: does not go with the demo model"),
+        (["--model", "demo", "--tokenizer", "bert"], "--tokenizer bert: does not go with the demo model"),
         (["--model", "./nowhere/at-all"], "--model ./nowhere/at-all: no such folder"),
         ([*SCHEDULED, "--kernels", "fast"], "--kernels fast: must be one of"),
     ],
@@ -238,6 +241,23 @@ def test_refused_arguments(folder: Path, options: list[str], message: str, capsy
     assert main(["bench", "--model", str(folder), *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # loading has shown its progress before
     assert error.startswith("transkimmer bench: ") and message in error
+
+
+@pytest.mark.parametrize("model", ["demo", "folder"])
+def test_the_kernels_that_are_named_are_those_that_are_timed(
+    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+
+    def compared(model: PreTrainedModel, batches: list[workload.Batch], repeats: int) -> list[Row]:
+        timed.append(model.skimming.kernels)
+        return compare(model, batches, repeats)
+
+    monkeypatch.setattr(command, "compare", compared)
+    options = ["--kernels", "reference", "--batches", "1", "--batch-size", "2", "--repeats", "1"]
+    options += ["--model", str(folder), *SCHEDULED] if model == "folder" else []
+    assert main(["bench", *options]) == 0
+    assert timed == ["reference"]
 
 
 def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ class Benchmark:
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_nobody_is_timed_for_a_wrong_result(ours: bool) -> None:
+def test_no_contender_is_timed_for_a_wrong_result(ours: bool) -> None:
     def prepare(kwargs: dict[str, Any]) -> Any:
         return lambda: torch.nn.functional.linear(kwargs["x"], kwargs["weight"])  # forgets the bias
 
@@ -85,7 +85,7 @@ def test_nobody_is_timed_for_a_wrong_result(ours: bool) -> None:
     assert not benchmark.calls
 
 
-def test_whoever_cannot_take_part_says_why() -> None:
+def test_a_contender_that_cannot_take_part_says_why() -> None:
     absent = Contender("absent", lambda kwargs: pytest.fail("prepared"), first_rows, reason="is not built")
     with pytest.raises(pytest.skip.Exception, match="absent: is not built"):
         measure(Benchmark(), _problem(), absent, roofline.Ceilings())

@@ -1,4 +1,4 @@
-"""bench model: nobody is dropped silently, nobody is timed for wrong answers, and what a row says is right."""
+"""bench model: no contender is dropped silently or timed for wrong answers, and what a row says is right."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_peer_has_a_row(subject: peers.Subject, monkeypatch: pytest.Monkey
         "absent": "not installed: pip install no-such-package",
         "elsewhere": "timed on cuda only",
         "other dtype": "timed in bf16 only",
-        "unable": "failed: no such thing",
+        "unable": "failed: RuntimeError: no such thing at all",
     } | {peer.name: None for peer in ours}
     assert all(rows[peer.name]["max_difference"] < 1e-5 for peer in ours)
     table = model_command.model_table(list(rows.values()), "")
@@ -237,7 +237,7 @@ def test_who_would_take_too_long_is_left_out(subject: peers.Subject, monkeypatch
     )
     entered = dict(field.Field(budget_s=0.3).enter(SETTING, subject, batches()))
     found = {peer.key: entry if isinstance(entry, str) else "there" for peer, entry in entered.items()}
-    note = "left out: 0 s for a batch, 2 take longer than --budget allows"
+    note = "left out: 0 s for one batch; 2 batches would exceed --budget"
     assert found == {"slow": note, "compiling": "there", "keep-all": "there"}
 
 

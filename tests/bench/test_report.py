@@ -73,6 +73,27 @@ def test_the_newest_row_of_a_workload_counts(device: runs.Device) -> None:
     assert groups[0][1]["skimming"]["median_s"] == 1.0 and len(groups[1][1]) == 5
 
 
+def test_a_note_replaces_no_figures(device: runs.Device) -> None:
+    """A later run without a contender, whatever number of batches it had; figures replace a note, and one another."""
+    measured = documents()
+
+    def later(date: str, *rows: dict[str, Any]) -> dict[str, Any]:
+        return {"date": date, "commit": date, "environment": ENVIRONMENT, "rows": list(rows)}
+
+    absent = {"kind": "model", "contender": PADDED, "note": "left out: --without sdpa"}
+    notes = [absent | {"workload": workload()}, absent | {"workload": workload(), "contender": "absent"}]
+    notes.append(absent | {"workload": workload(batches=2)})
+    step = next(row for row in measured[0]["rows"] if row["contender"] == "packed") | {"note": "without graphs: slow"}
+    merged = runs.merge("cpu-x", [later("2026-03-03", *notes, step | {"median_s": 3.0}), *measured])
+    rows = {row["contender"]: row for row in merged.groups("model")[1][1].values()}
+    assert rows[PADDED]["median_s"] == 50.0 and rows["absent"]["note"].startswith("left out")
+    assert len(merged.groups("model")) == 2, "none is of the number of batches that no figures are of"
+    assert merged.groups("training")[0][1]["packed"]["median_s"] == 3.0, "figures that have a note as well"
+    figures = model_row("absent", 7.0)
+    again = runs.merge("cpu-x", [later("2026-04-04", figures), later("2026-03-03", *notes), *measured])
+    assert again.groups("model")[1][1]["absent"] == figures
+
+
 def test_the_page(device: runs.Device) -> None:
     page = model_tables.page([device])
     cells = "| bert-base-shape | mrpc | synthetic, mrpc | fp32 | 8 | 3.00 | 2.00 | **0.67** | 3% |"

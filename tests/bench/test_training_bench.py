@@ -1,4 +1,4 @@
-"""bench training: the masked baseline is the published one, and nobody is timed for another loss."""
+"""bench training: the masked baseline is the published one, and no contender is timed for another loss."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_every_learner_has_a_row(subject: peers.Subject, dtype: str) -> None:
         )
         assert (row["tokens_kept"] is None) == (row["tokens_scheduled"] is None)
     for parameter, old in zip(subject.skimming.parameters(), before, strict=True):
-        assert torch.equal(parameter, old)  # the subject is the next workload's, too
+        assert torch.equal(parameter, old)  # the subject is also the next workload's
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_a_step_trains(subject: peers.Subject, name: str) -> None:
-    """Everything; but for the predictors, where nothing is skimmed."""
+    """Everything, except the predictors where nothing is skimmed."""
     learner = training.Learner(name, *EVERYBODY[name](subject, torch.float32))
     before = {key: parameter.detach().clone() for key, parameter in learner.model.named_parameters()}
     learner.step(batches()[0].inputs)
@@ -121,6 +121,25 @@ def test_another_loss_is_not_timed(subject: peers.Subject, monkeypatch: pytest.M
 
     monkeypatch.setitem(training.LEARNERS, training.DENSE, forgetful)
     with pytest.raises(ValueError, match=r"^dense, padded \(Hugging Face SDPA\): its loss differs"):
+        training.measure(SETTING, subject, batches(), 1, Limits())
+
+
+def test_a_loss_that_is_not_a_number_in_a_later_batch_is_not_timed(
+    subject: peers.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's max() would pass over it."""
+    first = batches()[0].inputs["input_ids"]
+
+    def broken(subject: peers.Subject, dtype: torch.dtype) -> tuple[torch.nn.Module, training.Loss]:
+        model, loss = training._dense(subject, dtype)
+
+        def value(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+            return loss(inputs, labels) * (1.0 if torch.equal(inputs["input_ids"], first) else math.nan)
+
+        return model, value
+
+    monkeypatch.setitem(training.LEARNERS, training.DENSE, broken)
+    with pytest.raises(ValueError, match=r"^dense, padded \(Hugging Face SDPA\): its loss differs .* by nan"):
         training.measure(SETTING, subject, batches(), 1, Limits())
 
 

@@ -76,7 +76,7 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
     assert [line.split(": ")[1][:5] for line in lines] == ["about", "about", "? s", "about"]
     with pytest.raises(SystemExit):
         accuracy.main(arguments[2:])
-    assert "--data: is needed but for --plan" in capsys.readouterr().err
+    assert "--data: is needed except for --plan" in capsys.readouterr().err
 
 
 class _Killed(BaseException):

@@ -15,7 +15,7 @@ from transkimmer_kernels import KERNELS, cpu_products, kernel_set
 from transkimmer_kernels.files import write_whole
 
 from ..architectures import layer_count
-from ..arguments import check_outputs
+from ..arguments import check_least, check_outputs, option_of
 from ..config import SkimConfig
 from ..data import sample_path
 from ..skimming import add_skimming
@@ -23,6 +23,7 @@ from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
 from . import show, workload
 from .environment import environment
+from .setting import MAX_LENGTH
 from .timing import Row, compare
 from .workload import DTYPES
 
@@ -42,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", help="with --schedule: mrpc, sst2, rte, imdb, squad2, or a text file (needs --tokenizer)"
     )
-    parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens; longer texts are cut")
+    parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file; not for the demo")
+    parser.add_argument(
+        "--max-length", type=int, help=f"tokens, longer texts are cut; default {MAX_LENGTH}; not for the demo"
+    )
     parser.add_argument("--batch-size", type=int, default=None, help="default 32 for the demo, 16 with --schedule")
     parser.add_argument("--batches", type=int, default=None, help="default: all for the demo, 4 with --schedule")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of the timing")
@@ -58,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    least = {"batch_size": 1, "batches": 1, "threads": 1, "repeats": 1, "max_length": SHORTEST}
-    for name, allowed in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < allowed:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {allowed}")
+    check_least(arguments, batch_size=1, batches=1, threads=1, repeats=1, max_length=SHORTEST)
     check_outputs(arguments, ("json", "html"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -70,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model == "demo":
         if arguments.schedule or arguments.lengths:
             raise ValueError("--schedule and --lengths do not go with the demo model, whose predictors are trained")
+        for name in ("max_length", "tokenizer"):
+            if (value := getattr(arguments, name)) is not None:
+                option = f"{option_of(name)} {value}"
+                raise ValueError(f"{option}: does not go with the demo model, which reads its own sentences")
         title, rows = _run_demo(arguments, console)
     else:
         title, rows = _run_schedule(arguments, console)
@@ -110,6 +113,8 @@ def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str,
     workload.check_model(arguments.model)
     if not arguments.schedule or not arguments.lengths:
         raise ValueError(f"--model {arguments.model}: needs --schedule and --lengths (see transkimmer bench --help)")
+    if arguments.max_length is None:
+        arguments.max_length = MAX_LENGTH  # also in the file that is written
     model: Any = workload.load_model(arguments.model)
     ratios = workload.parse_schedule(arguments.schedule, layer_count(model.config))
     longest = min(arguments.max_length, model.config.max_position_embeddings)

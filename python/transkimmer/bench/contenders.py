@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from transkimmer_kernels.runtime import GraphCache
+
 from ..architectures import architecture_of, encoder_of
 from ..outputs import logits_in
 from ..skimming import remove_skimming, skimming_of
@@ -23,14 +25,18 @@ SKIMMING = "skimming"
 
 @dataclass
 class Contender:
-    """name: as printed; run: padded inputs -> logits [batch, ...]."""
+    """name: as printed; run: padded inputs -> logits [batch, ...]; graphs: where it captures, None if nowhere."""
 
     name: str
     run: Callable[[dict[str, Tensor]], Tensor]
+    graphs: GraphCache | None = None
 
 
 def contenders(model: PreTrainedModel) -> list[Contender]:
-    """Dense padded, dense padding-free (plain PyTorch, and ours) and skimming; all with `model`'s weights."""
+    """Dense padded, dense padding-free (plain PyTorch, and ours) and skimming; all with `model`'s weights.
+
+    The last two are one model, switched, and have their graphs in common.
+    """
     padded = remove_skimming(copy.deepcopy(model))
     padded.set_attn_implementation("sdpa")
     plain = use_plain_packed(copy.deepcopy(padded))
@@ -45,8 +51,8 @@ def contenders(model: PreTrainedModel) -> list[Contender]:
     return [
         Contender(PADDED, lambda inputs: logits_in(padded(**inputs))),
         Contender(PLAIN, lambda inputs: logits_in(plain(**inputs))),
-        Contender(KEEP_ALL, ours(False)),
-        Contender(SKIMMING, ours(True)),
+        Contender(KEEP_ALL, ours(False), skimming_of(model).graphs),
+        Contender(SKIMMING, ours(True), skimming_of(model).graphs),
     ]
 
 

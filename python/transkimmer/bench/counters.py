@@ -102,5 +102,5 @@ def launches_of(events: Iterable[tuple[str, str, object]]) -> Launches:
 
 
 def _is_mark(name: str) -> bool:
-    """Copies and fills are no kernels, and ranges show among the device's events, too."""
+    """Copies and fills are no kernels, and ranges also show among the device's events."""
     return name.startswith(("Memcpy", "Memset", "transkimmer::"))

@@ -23,6 +23,8 @@ from .setting import Setting
 from .timing import synchronize
 from .workload import Batch
 
+# Characters that are kept of the message of a contender that failed.
+_MESSAGE = 240
 # Largest difference from the fp32 answers, over the largest of them. Ignoring the padding mask makes it about 0.2.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -51,12 +53,16 @@ class Checked:
     layer_lengths: list[Tensor] | None
 
 
+class WrongAnswersError(ValueError):
+    """A contender's answers are not the reference's."""
+
+
 class Field:
     """Builds contenders, those of others once for all workloads of a model and dtype, and checks them on each.
 
     Args:
         left_out: keys of peers.
-        budget_s: somebody else who would take longer for all batches of a workload is left out of that.
+        budget_s: another's contender that would take longer for all batches of a workload is left out of that.
     """
 
     def __init__(self, left_out: Sequence[str] = (), budget_s: float = math.inf) -> None:
@@ -69,7 +75,7 @@ class Field:
         """Every peer with its checked self, or with the reason why it is not there.
 
         Raises:
-            ValueError: a contender's answers are not the reference's.
+            WrongAnswersError: a contender's answers are not the reference's.
             Exception: one of ours cannot be built or run; another peer that cannot is left out with its message.
         """
         made_for = (setting.model, setting.dtype, setting.device)
@@ -95,12 +101,14 @@ class Field:
             memory = PeakMemory(setting.device)
             memory.reset()
             if not peer.ours and (seconds := self._too_long(built, setting, batches)):
-                return f"left out: {seconds:.0f} s for a batch, {len(batches)} take longer than --budget allows"
+                return f"left out: {seconds:.0f} s for one batch; {len(batches)} batches would exceed --budget"
             return _check(built, setting, batches, reference, memory)
-        except (RuntimeError, ImportError, OSError) as error:
+        except WrongAnswersError:
+            raise
+        except Exception as error:  # packages have classes of their own, which have no base in common
             if peer.ours:
                 raise
-            self._kept[peer.key] = reason = f"failed: {str(error).strip().splitlines()[0][:120]}"
+            self._kept[peer.key] = reason = f"failed: {_in_one_line(error)}"
             return reason
 
     def _too_long(self, built: Built, setting: Setting, batches: Sequence[Batch]) -> float | None:
@@ -115,9 +123,18 @@ class Field:
         return seconds
 
 
+def _in_one_line(error: Exception) -> str:
+    """Its class and message. A long one loses its middle: some say at the start what happened, others at the end."""
+    message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    if len(message) <= _MESSAGE:
+        return message
+    half = (_MESSAGE - len(" ... ")) // 2
+    return f"{message[:half].rstrip()} ... {message[-half:].lstrip()}"
+
+
 def _build(peer: Peer, subject: Subject, setting: Setting, first: Batch) -> Built:
     """With a first call in it, which compiles, tunes and prepares weights."""
-    # For whom every size is a constant until another comes, and compiling takes a minute: what will be timed. Else two
+    # What will be timed, where every size is a constant until another comes and compiling takes a minute. Else two
     # sequences of two lengths, so that no size is taken for a constant and no mask for superfluous.
     two = workload.random_batches([12, 7], 2, 1, subject.dense.config.vocab_size)[0]
     example = first.inputs if peer.compiles_sizes else two.to(setting.device).inputs
@@ -159,7 +176,7 @@ def _check(
     difference = reference.difference(answers, masks or None)
     tolerance = TOLERANCES[setting.dtype]
     if not difference <= tolerance:  # not a number neither
-        raise ValueError(
+        raise WrongAnswersError(
             f"{built.peer.name}: answers differ from the reference by {difference:.1e} of the largest, "
             f"at most {tolerance} is {setting.dtype}'s error"
         )

@@ -1,4 +1,4 @@
-"""`bench model`: one classifier run by everybody, on the same inputs, in one process."""
+"""`bench model`: one classifier run by every contender, on the same inputs, in one process."""
 
 from __future__ import annotations
 
@@ -38,14 +38,24 @@ class Counted:
 def measure(
     setting: Setting, subject: Subject, batches: Sequence[Batch], field: Field, repeats: int, limits: Limits
 ) -> list[dict[str, Any]]:
-    """A row per peer: figures, or the reason why there are none (`note`). Seconds are for all batches together.
+    """A row per peer: figures, or the reason why there are none. Seconds are for all batches together.
 
-    Keys of a row: kind, workload, tokens, padded_tokens, contender, works_on, note; and where it was timed: seconds (by
-    repeat), repeats, median_s, spread, tokens_per_s, flops, flops_speedup and flops_speedup_padded (over dense without
-    and with padding, every layer in full), speedups (contender -> how many times faster than it), baseline (the fastest
-    padding-free dense contender), wall_clock_speedup (over it), executed_flops_speedup (over what it executes),
-    skim_efficiency (their quotient), bytes, ceilings, bound_s, roofline_share, kernels, launches, host_syncs (None
-    without a device that tells), peak_memory (bytes), max_difference, tolerance, build_s.
+    Keys of every row:
+        kind, workload, contender, works_on: of the setting and of the peer.
+        tokens, padded_tokens: of all batches.
+        note: why there are no figures, else None.
+
+    Keys of a row with figures, besides:
+        seconds: by repeat; repeats, median_s, spread, tokens_per_s: of these.
+        speedups: contender -> how many times faster than it.
+        baseline: the fastest padding-free dense contender, None without one; with one, over it:
+            wall_clock_speedup, executed_flops_speedup, and skim_efficiency, their quotient.
+        flops_speedup, flops_speedup_padded: over dense without and with padding, every layer in full.
+        flops, bytes: what it executes and moves; ceilings: of the device; bound_s: the least time that these allow;
+            roofline_share: bound_s / median_s.
+        kernels, launches, host_syncs: of a forward of the first batch; None without a device that tells.
+        peak_memory: bytes, None where it is not known; build_s: seconds until it was ready.
+        max_difference, tolerance: from the reference, see `field.TOLERANCES`.
     """
     entered = field.enter(setting, subject, batches)
     checked = {peer.name: found for peer, found in entered if isinstance(found, Checked)}

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..arguments import check_outputs
+from ..arguments import check_least, check_outputs
 from . import model, training
 from .contenders import SKIMMING
 from .field import Field
@@ -53,7 +53,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--slow",
         type=float,
         metavar="TIMES",
-        help=f"this much slower than ours, dense: timed once; default {HOPELESS:g}, on a GPU nobody",
+        help=f"a contender this much slower than ours, dense: timed once; default {HOPELESS:g}, on a GPU no limit",
     )
     parser.add_argument(
         "--budget", type=float, default=60.0, metavar="S", help="seconds for each contender and workload"
@@ -85,8 +85,7 @@ def run_training(arguments: argparse.Namespace) -> int:
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
+    check_least(arguments, repeats=1)
     slow = arguments.slow
     if slow is None:
         slow = math.inf if device_of(arguments) == "cuda" else HOPELESS

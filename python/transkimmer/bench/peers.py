@@ -1,4 +1,4 @@
-"""Everybody who is timed by `bench model`: the ways in which others, and we, run one classifier.
+"""The contenders of `bench model`: the ways in which others, and we, run one classifier.
 
 Peers are served as well as their defaults allow: fused graphs, dynamic shapes, as many threads as torch uses, and no
 thread pool left spinning while another one is timed.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -49,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody who can run a `Subject`.
+    """One way to run a `Subject`.
 
     Args:
         key: as named on the command line; name: as printed.
@@ -213,13 +213,7 @@ def _onnx_runtime(subject: Subject, example: Inputs, dtype: str) -> Run:
             verbose=False,
         )
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = {put.name for put in session.get_inputs()}  # an input that the model ignores is not exported
-
-    def run(inputs: Inputs) -> Tensor:
-        read = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
-        return torch.from_numpy(session.run(None, read)[0])
-
-    return run
+    return _by_name((put.name for put in session.get_inputs()), lambda arrays: session.run(None, arrays)[0])
 
 
 def _openvino(subject: Subject, example: Inputs, dtype: str) -> Run:
@@ -232,9 +226,15 @@ def _openvino(subject: Subject, example: Inputs, dtype: str) -> Run:
     }
     model = _Exported(_dense(subject, "fp32")).eval()  # casts by itself
     compiled = openvino.Core().compile_model(openvino.convert_model(model, example_input=example), "CPU", settings)
+    return _by_name((name for put in compiled.inputs for name in put.names), lambda arrays: compiled(arrays)[0])
+
+
+def _by_name(names: Iterable[str], compute: Callable[[dict[str, Any]], Any]) -> Run:
+    """A run by NumPy arrays of those inputs that a compiled model has: it refuses others, and ignored ones are gone."""
+    known = frozenset(names)
 
     def run(inputs: Inputs) -> Tensor:
-        return torch.from_numpy(compiled({name: tensor.numpy() for name, tensor in inputs.items()})[0])
+        return torch.from_numpy(compute({name: tensor.numpy() for name, tensor in inputs.items() if name in known}))
 
     return run
 

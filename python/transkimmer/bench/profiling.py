@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ..arguments import check_outputs
+from ..arguments import check_least, check_outputs
 from ..records import record_skimming
 from ..skimming import skimming_of
 from .model_command import NOTHING, add_outputs, console_of
@@ -52,7 +52,7 @@ class LayerTime:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, many=False)
     keys = [peer.key for peer in PEERS]
-    parser.add_argument("--contender", choices=keys, default="skimming", help="who is profiled")
+    parser.add_argument("--contender", choices=keys, default="skimming", help="contender to profile")
     parser.add_argument("--repeats", type=int, default=3, help="passes over all batches")
     parser.add_argument("--top", type=int, default=15, help="operators to show")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (chrome://tracing, Perfetto)")
@@ -60,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("repeats", "top"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    check_least(arguments, repeats=1, top=1)
     check_outputs(arguments, ("json", "trace"))
     setting, subject, batches = prepare(next(settings(arguments)), arguments.kernels)
     peer = next(peer for peer in PEERS if peer.key == arguments.contender)

@@ -48,7 +48,7 @@ def commit() -> str:
             return None
         return run.stdout.strip() if run.returncode == 0 else None
 
-    if not git("ls-files", here.name):  # installed inside somebody else's checkout
+    if not git("ls-files", here.name):  # installed inside another project's checkout
         return "unknown"
     head = git("rev-parse", "--short=10", "HEAD") or "unknown"
     return f"{head}-changed" if git("status", "--porcelain", "--untracked-files=no") else head
@@ -106,10 +106,15 @@ def merge(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> l
     A row that only says why there are no figures (`note`) replaces none that has some: a run `--without` a contender
     leaves what an earlier one has measured.
     """
-    measured = {_identity(row) for row in before if row.get("note") is None}
-    rows = [row for row in rows if row.get("note") is None or _identity(row) not in measured]
+    measured = {_identity(row) for row in before if not only_says_why(row)}
+    rows = [row for row in rows if not only_says_why(row) or _identity(row) not in measured]
     new = {_identity(row) for row in rows}
     return [*(row for row in before if _identity(row) not in new), *rows]
+
+
+def only_says_why(row: dict[str, Any]) -> bool:
+    """Whether a row has a note in the place of figures; one of a training step may have both."""
+    return row.get("note") is not None and "median_s" not in row
 
 
 def _identity(row: dict[str, Any]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from transkimmer_kernels.runtime import GraphCache
 
 from ..flops import EncoderShape
 from ..records import record_skimming
@@ -28,7 +32,7 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """When a contender is timed no further; one round everybody gets.
+    """When a contender is timed no further; each gets one round.
 
     slow: after one that took so many times as long as the measure's; budget_s: when all of them together took so long.
     """
@@ -44,13 +48,19 @@ _LIMITS = Limits()
 class Row:
     """One contender's figures. Speedups are over the baseline: the faster of the two padding-free dense contenders.
 
-    name; accuracy (None without labels); tokens_kept: share of token-layers worked on, padding counting above 1;
-    flops_speedup: FLOPs that the baseline executes over FLOPs that this contender does (ours leave out what the head
-    does not read of the last layer, dense or skimming); paper_flops_speedup: the same with every layer in full, as the
-    paper counts; wall_clock_speedup: median over repeats of the paired ratio; skim_efficiency: wall_clock_speedup /
-    flops_speedup; agreement: share of predictions equal to the dense model's; median_s: seconds for all batches;
-    spread: (max - min) / median over `repeats`, which is 1 for a contender more than HOPELESS times slower than our
-    dense run, and then not known, None.
+    Attributes:
+        name: of the contender.
+        accuracy: None without labels.
+        tokens_kept: share of token-layers worked on, padding counting above 1.
+        flops_speedup: FLOPs that the baseline executes over FLOPs that this contender does. Ours leave out what the
+            head does not read of the last layer, dense or skimming.
+        paper_flops_speedup: the same with every layer in full, as the paper counts.
+        wall_clock_speedup: median over repeats of the paired ratio.
+        skim_efficiency: wall_clock_speedup / flops_speedup.
+        agreement: share of predictions equal to the dense model's.
+        median_s: seconds for all batches.
+        spread: (max - min) / median over the repeats; None where there is one.
+        repeats: 1 for a contender more than HOPELESS times slower than our dense run.
     """
 
     name: str
@@ -103,11 +113,45 @@ def time_in_turn(
     forward of the same model, as on a server, does: hence all batches in a row.
 
     Those that are too slow, compared with the one called `measure` or with their budget, drop out. A call is over when
-    `device` has finished; on a GPU everybody has run every batch three times before the first that is timed.
+    `device` has finished; on a GPU each has run every batch three times before the first that is timed, and keeps the
+    graphs of all of them until the last.
+
+    Warns:
+        UserWarning: graphs were captured in timed calls all the same, which are then too slow.
     """
-    for batch in batches if device == "cuda" else ():
-        for contender in [*field] * _WARM_UP:
-            contender.run(batch.inputs)
+    with _graphs_for(field, batches):
+        for batch in batches if device == "cuda" else ():
+            for contender in [*field] * _WARM_UP:
+                contender.run(batch.inputs)
+        caches = _caches(field)
+        captured = sum(cache.captures for cache in caches)
+        seconds = _take_turns(field, batches, repeats, measure, limits, device)
+        if more := sum(cache.captures for cache in caches) - captured:
+            warnings.warn(f"{more} CUDA graphs were captured in timed calls: max_bytes is too small", stacklevel=2)
+    return seconds
+
+
+def _caches(field: Sequence[Contender]) -> list[GraphCache]:
+    """Each once; contenders may have one in common."""
+    return list({id(c.graphs): c.graphs for c in field if c.graphs is not None}.values())
+
+
+@contextlib.contextmanager
+def _graphs_for(field: Sequence[Contender], batches: Sequence[Batch]) -> Iterator[None]:
+    """Room for a graph of every contender and batch: one that made another go would be captured at every round."""
+    before = [(cache, cache.max_graphs) for cache in _caches(field)]
+    for cache, count in before:
+        cache.max_graphs = max(count, len(cache) + len(field) * len(batches))
+    try:
+        yield
+    finally:
+        for cache, count in before:
+            cache.max_graphs = count
+
+
+def _take_turns(
+    field: Sequence[Contender], batches: Sequence[Batch], repeats: int, measure: str, limits: Limits, device: str
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {contender.name: [] for contender in field}
     runs = repeats * len(batches) * len(field)
     with tqdm(total=runs, desc="timing", unit="batch", leave=False, disable=None) as progress:

@@ -23,7 +23,7 @@ from ..graphed_training import GraphedTraining
 from ..predictor import KEEP, SKIM, SkimPredictor
 from ..records import SkimRecord, current_records, record_skimming
 from ..skimming import skimming_of
-from .contenders import Contender
+from .contenders import PADDED, Contender
 from .counters import PeakMemory
 from .field import TOLERANCES
 from .masked import PublishedTraining
@@ -34,7 +34,7 @@ from .timing import Limits, paired_speedup, relative_spread, time_in_turn
 from .workload import DTYPES, Batch
 
 KIND = "training"
-DENSE = "dense, padded (Hugging Face SDPA)"
+DENSE = PADDED
 DENSE_PACKED = "dense, packed (ours)"
 PUBLISHED = "skimming by masks, padded (as published)"
 PACKED = "skimming, packed (ours)"
@@ -49,7 +49,7 @@ Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 @dataclass
 class Learner:
-    """Somebody who trains. model: what has the parameters; loss: (inputs, labels [batch]) -> scalar, differentiable."""
+    """Trains. model: what has the parameters; loss: (inputs, labels [batch]) -> scalar, differentiable."""
 
     name: str
     model: nn.Module
@@ -125,7 +125,7 @@ LEARNERS: dict[str, Callable[[Subject, torch.dtype], tuple[nn.Module, Loss]]] = 
     PACKED: _ours(True),
     PRUNED: _ours(True, pruned=True),
 }
-# On a GPU, too.
+# Also on a GPU.
 GRAPHED_LEARNERS = {DENSE_GRAPHED: _ours(False, graphed=True), GRAPHED: _ours(True, graphed=True)}
 SKIMS = (PUBLISHED, PACKED, PRUNED, GRAPHED)
 
@@ -218,7 +218,7 @@ def _by_schedule(subject: Subject, batches: Sequence[Batch]) -> tuple[Subject, f
 
 @torch.no_grad()
 def _tokens_kept(learner: Learner, batches: Sequence[Batch]) -> float | None:
-    """Share of the real tokens that layers work on, as drawn now; None for those who skim nothing."""
+    """Share of the real tokens that layers work on, as drawn now; None for those that skim nothing."""
     with record_skimming() as records:
         for batch in batches:
             learner.loss(batch.inputs, labels_of(batch.inputs))
@@ -239,7 +239,8 @@ def _check(learner: Learner, batches: Sequence[Batch], expected: Sequence[float]
     """Largest relative difference of a loss from the expected one."""
     with _dropout_off(learner.model), _keeping_all(learner.model):
         losses = [float(learner.loss(batch.inputs, labels_of(batch.inputs))) for batch in batches]
-    worst = max(abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True))
+    apart = [abs(loss - right) / abs(right) for loss, right in zip(losses, expected, strict=True)]
+    worst = float(torch.tensor(apart, dtype=torch.float64).max())  # Python's max() may pass over NaN
     if not worst <= TOLERANCES[setting.dtype]:
         raise ValueError(f"{learner.name}: its loss differs from the dense model's by {worst:.1e}, relatively")
     return worst
