@@ -422,3 +422,13 @@ def model_command_arguments(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     setting.add_arguments(parser, many=True)
     return parser.parse_args(options)
+
+
+def test_texts_are_no_longer_than_a_model_has_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoBERTa's positions begin behind its padding, so that two of its table's 80 are never a token's."""
+    monkeypatch.setattr(workload, "load_model", lambda name: tiny("roberta"))
+    longest = replace(SETTING, model="roberta", lengths="78", batch_size=1, batches=1)
+    _, subject, (batch,) = setting.prepare(longest, "reference")
+    subject.dense(**batch.inputs)
+    with pytest.raises(ValueError, match="--lengths 79: a number must be from 1 to 78 here"):
+        setting.prepare(replace(longest, lengths="79"), "reference")

@@ -17,7 +17,7 @@ from transkimmer_kernels.files import write_whole
 from ..architectures import layer_count
 from ..arguments import check_least, check_outputs, option_of
 from ..config import SkimConfig
-from ..data import sample_path
+from ..data import positions_of, sample_path
 from ..skimming import add_skimming
 from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", help="hub name or folder, to count the tokens of a text file; not for the demo")
     parser.add_argument(
-        "--max-length", type=int, help=f"tokens, longer texts are cut; default {MAX_LENGTH}; not for the demo"
+        "--max-length", type=int, help=f"tokens, longer texts are cut; default: {MAX_LENGTH}; not for the demo"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default 32 for the demo, 16 with --schedule")
     parser.add_argument("--batches", type=int, default=None, help="default: all for the demo, 4 with --schedule")
@@ -117,7 +117,7 @@ def _run_schedule(arguments: argparse.Namespace, console: Console) -> tuple[str,
         arguments.max_length = MAX_LENGTH  # also in the file that is written
     model: Any = workload.load_model(arguments.model)
     ratios = workload.parse_schedule(arguments.schedule, layer_count(model.config))
-    longest = min(arguments.max_length, model.config.max_position_embeddings)
+    longest = min(arguments.max_length, positions_of(model.config))
     lengths = workload.lengths_of(arguments.lengths, arguments.tokenizer, longest)
     size = arguments.batch_size or 16
     batches = workload.random_batches(lengths, size, arguments.batches or 4, model.config.vocab_size)

@@ -15,6 +15,7 @@ from transkimmer_kernels import KERNELS
 
 from ..architectures import layer_count
 from ..config import SkimConfig
+from ..data import positions_of
 from ..skimming import add_skimming, remove_skimming
 from . import workload
 from .peers import Subject
@@ -138,7 +139,7 @@ def prepare(setting: Setting, kernels: str) -> tuple[Setting, Subject, list[Batc
         batches = workload.demo_batches(tokenizer, setting.batch_size, setting.batches)
     else:
         dense = workload.load_model(setting.model)
-        longest = min(MAX_LENGTH, dense.config.max_position_embeddings)
+        longest = min(MAX_LENGTH, positions_of(dense.config))
         lengths = workload.lengths_of(setting.lengths, None, longest)
         batches = workload.random_batches(lengths, setting.batch_size, setting.batches, dense.config.vocab_size)
         ratios = workload.parse_schedule(setting.schedule or "", layer_count(dense.config))
