@@ -75,6 +75,8 @@ class CMakeBuild(build_ext):
     """One CMake project builds all native files, which go beside the Python files of transkimmer_kernels."""
 
     def run(self) -> None:
+        if find_torch() is None:  # here and not at the end of this file: an sdist is made without torch
+            sys.exit(f"transkimmer: torch is not importable here; install torch>=2.10 first, then run: {COMMAND}")
         package = "transkimmer_kernels"
         destination = ROOT / package if self.inplace else Path(self.build_lib).resolve() / package
         folder = ROOT / "build" / "cmake"
@@ -120,13 +122,6 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read thi
 reason = why_not_native()
 if reason:
     print(f"transkimmer: {reason}; installing the pure-Python reference kernels only", file=sys.stderr)
-elif find_torch() is None:
-    sys.exit(f"transkimmer: torch is not importable here; install torch>=2.10 first, then run: {COMMAND}")
-sources = [path for folder in ("csrc", "cmake") for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
-# One Extension without sources: it gives the wheel its platform tag and brings native sources into the sdist.
-native = Extension(
-    "transkimmer_kernels._native",
-    sources=[],
-    depends=["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sources)],
-)
+# One Extension without sources: it gives the wheel its platform tag. What an sdist needs of native code: MANIFEST.in.
+native = Extension("transkimmer_kernels._native", sources=[])
 setup(ext_modules=[] if reason else [native], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})

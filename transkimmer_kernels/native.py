@@ -131,6 +131,7 @@ def _why_not(name: str, path: Path, requested: bool) -> str:
     if not path.is_file():
         tools = "nvcc" if name == "cuda" else "a C++ compiler, cmake and ninja"
         return f"{path.name} was not built; that takes {tools} at install time (docs/building.md)"
-    if name == "cuda" and not torch.cuda.is_available():
+    # Not `is_available`, which initialises the driver: a process that is forked later could not use it any more.
+    if name == "cuda" and torch.cuda.device_count() == 0:
         return "torch sees no CUDA device" if torch.version.cuda else "torch was built without CUDA"
     return why_not_loadable(name, path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,11 +21,6 @@ class Example:
     text: str
     label: int | float
     pair: str | None = None
-
-
-def sample_path() -> Path:
-    """The SST-2 development sentences that come with the package."""
-    return Path(str(resources.files("transkimmer"))) / "demo" / "sst2-dev.tsv"
 
 
 class Features(Dataset[dict[str, object]]):

@@ -248,7 +248,7 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
     model.forward = forward
     model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
-    model.set_attn_implementation(ATTENTION_NAME)
+    _set_attention(model, ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, saved)
     # For `Trainer`: the heads' loss is a mean over their batch, whatever arguments their forward lets through.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
@@ -269,6 +269,13 @@ def _check_forwards(model: Any, encoder: nn.Module, embeddings: nn.Module) -> No
                 f"model: {name} has a forward that was set on the instance, as hooks of accelerate's device_map and "
                 "torch.compile(module.forward) do; add skimming first, or remove them"
             )
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """By itself, a model with another config than its base model reaches that one from transformers 5.20 on only."""
+    model.set_attn_implementation(name)
+    if model.base_model.config is not model.config:
+        model.base_model.set_attn_implementation(name)
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -293,7 +300,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     del embeddings.skim_encoder
     skimming._forward.release()
     del model.skimming, model.forward, model._replicate_for_data_parallel, model.accepts_loss_kwargs
-    model.set_attn_implementation(skimming._former_attention)
+    _set_attention(model, skimming._former_attention)
     _forget_mixed_precision(model)
     return model
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transkimmer.data import TokenizedExamples, padded_batches, sample_path
-from transkimmer.demo import load_demo, stored_figures
-from transkimmer.tasks import TASKS
-from transkimmer.tasks.reading import read_table
+from transkimmer.data import TokenizedExamples, padded_batches
+from transkimmer.demo import load_demo, sentences, stored_figures
 from transkimmer.training import evaluate_classifier
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +50,7 @@ def test_what_only_a_gpu_gave_says_where_and_with_what(path: Path) -> None:
 def test_the_demo_is_as_good_as_stored() -> None:
     """The committed weights on all of SST-2's development sentences, by the deterministic decision."""
     model, tokenizer = load_demo()
-    examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"]), tokenizer)
+    examples = TokenizedExamples(sentences(), tokenizer)
     result = evaluate_classifier(model, padded_batches(examples, tokenizer, 64, sort=True))
     stored = stored_figures()
     # Other processors round differently; a sentence on the edge may fall to the other side.
@@ -66,7 +64,7 @@ def test_the_demo_in_bf16_gives_the_same_answers() -> None:
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_demo(dtype=dtype)
-        examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"])[:128], tokenizer)
+        examples = TokenizedExamples(sentences()[:128], tokenizer)
         batches = padded_batches(examples, tokenizer, 32)
         answers.append(evaluate_classifier(model, batches).predictions)
     assert (answers[0] == answers[1]).double().mean() >= 0.97

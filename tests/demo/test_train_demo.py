@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transkimmer.cli import main
-from transkimmer.data import TokenizedExamples, padded_batches, sample_path
-from transkimmer.demo import load_demo, model, stored_figures, train
-from transkimmer.tasks import TASKS
-from transkimmer.tasks.reading import read_table
+from transkimmer.data import TokenizedExamples, padded_batches
+from transkimmer.demo import load_demo, model, sentences, stored_figures, train
 from transkimmer.training import evaluate_classifier
+from transkimmer.training import run as training_run
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
 
-RECIPE = train.Recipe(batch_size=8, held_out=8, dense_epochs=1, epochs=1, min_words=4, bias_init=1, flops_speedup=1.1)
+RECIPE = dataclasses.replace(train.RECIPE, batch_size=8, dense_epochs=1, epochs=1, bias_init=1, flops_speedup=1.1)
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     word_tokenizer().save_pretrained(tmp_path / "backbone")
     for module in (model, train):
         monkeypatch.setattr(module, "backbone_folder", lambda: tmp_path / "backbone")
-    monkeypatch.setattr(train, "Recipe", lambda: RECIPE)
+    for name, value in (("RECIPE", RECIPE), ("HELD_OUT", 8), ("MIN_WORDS", 4)):
+        monkeypatch.setattr(train, name, value)
     words = random.Random(0)
     rows = ["sentence\tlabel"]
     for number in range(48):
@@ -43,17 +45,22 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_what_is_stored_is_what_was_measured(tmp_path: Path, arguments: list[str]) -> None:
     assert main(arguments) == 0
     demo, tokenizer = load_demo(folder=tmp_path / "demo")
-    examples = TokenizedExamples(read_table(sample_path(), TASKS["sst2"]), tokenizer)
+    examples = TokenizedExamples(sentences(), tokenizer)
     found = evaluate_classifier(demo, padded_batches(examples, tokenizer, 64, sort=True))
     figures = stored_figures(tmp_path / "demo")
     assert (figures["accuracy"], figures["flops_speedup"]) == (found.accuracy, found.flops_speedup)
     assert figures["tokens_kept_by_layer"] == found.tokens_kept_by_layer
     assert figures["train_sentences"] == 40 > figures["skim_train_sentences"] > 0
     assert figures["calibration_shift"] < 0 and figures["held_out_flops_speedup"] >= 1.1
-    assert figures["recipe"] == vars(RECIPE) and {"dense_accuracy", "held_out_accuracy"} <= figures.keys()
-    dense, published = (load_file(tmp_path / place / "model.safetensors") for place in ("work/dense", "backbone"))
+    assert figures["recipe"] == vars(RECIPE) | {"held_out": 8, "min_words": 4}
+    assert {"dense_accuracy", "held_out_accuracy"} <= figures.keys()
+    published, *trained = (
+        load_file(tmp_path / place / "model.safetensors")
+        for place in ("backbone", "work/dense/model", "work/skimming/model")
+    )
     embeddings = [name for name in published if "embeddings" in name]
-    assert embeddings and all(torch.equal(dense[name], published[name]) for name in embeddings)
+    for weights in trained:
+        assert embeddings and all(torch.equal(weights[name], published[name]) for name in embeddings)
 
 
 def test_a_run_that_cannot_be_calibrated_leaves_what_was_there(
@@ -113,9 +120,39 @@ def test_a_trial_run_does_not_replace_the_packages_own_weights(
     assert [path.name for path in (tmp_path / "work").iterdir() if "demo" in path.name] == []
 
 
-def test_a_dense_model_of_an_earlier_run_leads_to_the_same(tmp_path: Path, arguments: list[str]) -> None:
-    found = []
-    for _ in range(2):
-        assert main(arguments) == 0
-        found.append(load_file(tmp_path / "demo" / "model.safetensors"))
-    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+def test_an_interrupted_run_goes_on_to_the_same(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments) == 0
+    whole = load_file(tmp_path / "demo" / "model.safetensors")
+    count = stored_figures(tmp_path / "demo")["skim_train_sentences"]
+    for folder in ("demo", "work"):
+        shutil.rmtree(tmp_path / folder)
+    stages: list[tuple[bool, int, bool]] = []
+    train_stage = training_run.train_stage
+
+    def first_dense_only(model: Any, tokenizer: Any, examples: TokenizedExamples, *rest: Any, **named: Any) -> Any:
+        stages.append((named["skimming"], len(examples), examples.teacher_logits is not None))
+        if len(stages) == 2:
+            raise KeyboardInterrupt
+        return train_stage(model, tokenizer, examples, *rest, **named)
+
+    monkeypatch.setattr(training_run, "train_stage", first_dense_only)
+    assert main(arguments) == 130 and main(arguments) == 0
+    assert stages == [(False, 40, False), (True, count, True), (True, count, True)]
+    found = load_file(tmp_path / "demo" / "model.safetensors")
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_run_does_not_go_on_from_another(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints would be of other sentences."""
+    work = tmp_path / "work"
+    (work / "dense").mkdir(parents=True)
+    assert main(arguments) == 2
+    assert f"--work {work}: holds dense but no settings.json" in capsys.readouterr().err
+    shutil.rmtree(work)
+    assert main([*arguments, "--limit", "30"]) == 0 and main(arguments) == 2
+    assert f"--work {work}: holds a run with other settings: limit 30 -> None" in capsys.readouterr().err
+    assert stored_figures(tmp_path / "demo")["train_sentences"] == 30

@@ -14,10 +14,10 @@ import transkimmer_kernels as tk
 from transkimmer_kernels import Ragged, kernel_set
 from transkimmer_kernels.runtime import LayerWeights, PredictorWeights, Trace, run_encoder
 
-from ..ops import cases
+from ..ops import cases, oracle
 from ..ops.cases import Source
 from ..ops.closeness import assert_close_as_torch
-from ..ops.operators import PREDICTOR, single_thread
+from ..ops.operators import PREDICTOR, cast, single_thread
 from ..target import TARGETS, Target
 from .dense_encoder import cast_layer, dense_encoder, first_token_only, random_layer
 
@@ -26,6 +26,8 @@ BATCHES = {"awkward": (65, 0, 1, 130, 17), "one-token": (1, 1), "nothing": (0, 0
 OPERATORS = ("compact", "encoder_layer_")
 PARTS = ("compact", "ragged_linear", "ragged_attention", "ragged_linear_norm", "ragged_linear_norm_")
 MATRICES = ("qkv_weight", "out_weight", "ffn_in_weight", "ffn_out_weight")
+# Unlike the default, and unlike each other: neither may take the other's place.
+EPS = {"norm1_eps": 0.3, "norm2_eps": 0.05}
 runs_encoder = pytest.mark.operators(*OPERATORS, *PARTS)
 
 
@@ -43,7 +45,8 @@ class Problem:
     ) -> None:
         self.target, self.dtype, self.kernels = target, dtype, kernel_set(target.backend, target.device)
         self.length = max(lengths) + 3
-        self.layers = [random_layer(WIDTH, FF, activation, dtype, target.device) for _ in range(DEPTH)]
+        layers = [random_layer(WIDTH, FF, activation, dtype, target.device) for _ in range(DEPTH)]
+        self.layers = [dataclasses.replace(layer, **EPS) for layer in layers]
         self.real = torch.arange(self.length) < torch.tensor(lengths)[:, None]
         self.hidden = torch.randn(len(lengths), self.length, WIDTH).to(dtype)
         self.hidden[~self.real] = torch.nan  # padding is dropped at the door
@@ -215,3 +218,24 @@ def test_predictor_passes_its_weights_in_order(target: Target) -> None:
     weights.skim(batch, kernels, threshold)
     keep = [i in (0, 5) or bool(expected[i] >= threshold) for i in range(6)]
     assert batch.slots[: int(batch.cu_seqlens[-1])].tolist() == kwargs["slots"][:6][torch.tensor(keep)].tolist()
+
+
+@pytest.mark.operators(*OPERATORS)
+def test_the_public_layer_passes_its_weights_in_order(target: Target) -> None:
+    problem = Problem(target, (5, 3), torch.float32, skim=False)
+    layer = problem.layers[0]
+    expected = problem.run(depth=1, skim=False)
+    weights = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    hidden = problem.hidden.clone()
+    batch = Ragged.from_padded(hidden, problem.real, problem.kernels)
+    lists = {"slots": batch.slots, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+    tk.encoder_layer_(batch.hidden, **lists, num_heads=HEADS, **weights, kernels=target.backend)
+    assert torch.equal(hidden[problem.real], expected[problem.real])
+
+
+@pytest.mark.operators("embed_tokens")
+@dtypes
+def test_embeddings_take_the_eps_they_are_given(target: Target, dtype: torch.dtype) -> None:
+    kwargs = cases.embed_tokens(Source(dtype, target.device), (5, 3), width=WIDTH) | {"eps": 0.3}
+    truth, yardstick = (oracle.embed_tokens(**cast(kwargs, d))[0] for d in (torch.float64, dtype))
+    assert_close_as_torch(target.call(tk.embed_tokens, **kwargs), truth, yardstick)

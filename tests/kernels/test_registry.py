@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from transkimmer_kernels import KERNELS, BackendUnavailable, KernelSet, registry
+from transkimmer_kernels import KERNELS, BackendUnavailable, KernelSet, cpu_products, env, native, registry
 from transkimmer_kernels.library import BACKENDS, OPERATORS
 from transkimmer_kernels.registry import select_backend, table, why_not
 
@@ -156,6 +157,44 @@ def test_an_operator_without_a_kernel_may_be_skipped_for_cuda_only(monkeypatch: 
     monkeypatch.setattr(OPERATORS["compact"], "backends", {"cuda": lambda: "the library is missing"})
     with pytest.raises(pytest.fail.Exception, match=r"cuda is required .* the library is missing"):
         Target("cuda", "cuda").require("compact")
+
+
+# What Linux calls the features that each instruction set of the CPU library takes.
+AVX512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+FLAGS = {"avx2": {"avx2", "fma"}, "avx512": AVX512, "avx512bf16": AVX512 | {"avx512_bf16"}}
+
+
+@pytest.mark.skipif(bool(os.environ.get("TRANSKIMMER_CPU_ISA")), reason="TRANSKIMMER_CPU_ISA names the instruction set")
+def test_the_best_instruction_set_that_linux_lists_is_chosen() -> None:
+    if not (entry := native.status()["cpu"]).loaded:
+        skip("cpu", entry.reason)
+    listed = set(env.cpuinfo().get("flags", "").split())
+    if not listed:
+        pytest.skip("/proc/cpuinfo lists no flags")
+    built = native.build_info().get("isa_flags", "")
+    names = [name for name, flags in FLAGS.items() if flags <= listed and (not built or f"{name}: " in built)]
+    assert cpu_products.instruction_set() == ["generic", *names][-1]
+
+
+def test_the_measured_forms_are_of_instruction_sets_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong name would be timed in silence, in every process."""
+    assert {isa for isa, _ in cpu_products._MEASURED} <= set(FLAGS)
+    choose = cpu_products.choose_form.__wrapped__
+    monkeypatch.delenv("TRANSKIMMER_CPU_PRODUCTS", raising=False)
+    monkeypatch.setattr(cpu_products, "faster_form", lambda dtype, forms: f"timed: {', '.join(forms)}")
+    found = {}
+    for packs in (True, False):
+        monkeypatch.setattr(cpu_products.onednn, "can_pack", lambda dtype, packs=packs: packs)
+        for isa in ("generic", *FLAGS):
+            monkeypatch.setattr(cpu_products, "instruction_set", lambda isa=isa: isa)
+            found[isa, packs] = tuple(choose(dtype) for dtype in (torch.float32, torch.bfloat16))
+    timed = "timed: panels, onednn, plain"
+    expected = {"generic": (timed, timed), "avx2": ("panels", "onednn"), "avx512": (timed, timed)}
+    expected["avx512bf16"] = ("panels", "panels")
+    assert {isa: found[isa, True] for isa in expected} == expected
+    without = {isa: found[isa, False] for isa in expected}
+    assert without["avx2"] == without["avx512bf16"] == ("panels", "panels")
+    assert without["generic"] == without["avx512"] == ("timed: panels, plain",) * 2
 
 
 def test_names() -> None:

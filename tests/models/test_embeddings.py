@@ -19,9 +19,13 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 FUSED = KERNELS[-1] != "reference"
 
 
-def _both(architecture: str) -> tuple[Any, Any]:
-    """(embeddings of a dense model, those of the same model, skimming)."""
-    dense, skimming = tiny(architecture), add_skimming(tiny(architecture), kernels=KERNELS[-1])
+def _both(architecture: str, eps: float | None = None) -> tuple[Any, Any]:
+    """(embeddings of a dense model, those of the same model, skimming); `eps` takes the place of their LayerNorm's."""
+    dense, skimming = tiny(architecture), tiny(architecture)
+    for model in (dense, skimming):
+        if eps is not None:
+            model.base_model.embeddings.LayerNorm.eps = eps
+    add_skimming(skimming, kernels=KERNELS[-1])
     return dense.base_model.embeddings, skimming.base_model.embeddings
 
 
@@ -61,6 +65,18 @@ def test_like_the_dense_model(architecture: str, kind: str) -> None:
     out, fused = _run(skimming, **inputs)
     assert fused == FUSED
     torch.testing.assert_close(out, dense(**inputs))
+
+
+@every_architecture
+@torch.no_grad()
+def test_with_the_eps_of_their_norm(architecture: str) -> None:
+    dense, skimming = _both(architecture, eps=0.3)
+    inputs = _inputs(architecture, "plain")
+    out, fused = _run(skimming, **inputs)
+    assert fused == FUSED
+    torch.testing.assert_close(out, dense(**inputs))
+    usual = _both(architecture)[0](**inputs)
+    assert not torch.allclose(out, usual, rtol=0.1, atol=0.1)
 
 
 def _hooked(embeddings: Any, seen: list[str]) -> None:

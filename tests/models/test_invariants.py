@@ -45,6 +45,25 @@ def test_keep_all_equals_the_dense_model(architecture: str, head: str, kernels: 
     assert relative_error(actual, expected) <= 1e-5
 
 
+@every_architecture
+@every_kernels
+@torch.no_grad()
+def test_every_layer_norm_keeps_its_own_eps(architecture: str, kernels: str) -> None:
+    """All of them differ, and none is what Hugging Face has by default."""
+    model = no_dropout(tiny(architecture))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    for i, norm in enumerate(norms):
+        norm.eps = 0.1 * (i + 1)
+    assert len(norms) >= 3
+    inputs = padded_inputs()
+    dense = real_rows(model(**inputs).last_hidden_state, inputs["attention_mask"])
+    add_skimming(model, kernels=kernels)
+    for training in (False, True):
+        with decisions_without_noise(0.0):
+            output = model.train(training)(**inputs).last_hidden_state
+        assert relative_error(real_rows(output, inputs["attention_mask"]), dense) <= 2e-5
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 @torch.no_grad()
 def test_a_layer_is_that_of_its_group(groups: int) -> None:

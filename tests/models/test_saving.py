@@ -8,11 +8,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
-from transkimmer import SkimConfig, add_skimming, from_pretrained, remove_skimming
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transkimmer import SkimConfig, add_skimming, from_pretrained, loading, remove_skimming
 
 from .tiny import ARCHITECTURES, HEADS, padded_inputs, tiny, undecided_predictors
 
@@ -45,6 +46,74 @@ def test_save_and_load_in_several_files(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     inputs = padded_inputs()
     assert torch.equal(from_pretrained(tmp_path, HEADS["sequence"])(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_predictors_come_from_the_files_that_the_backbone_comes_from(tmp_path: Path) -> None:
+    """An index that an earlier save has left behind is not looked at where there is one file, nor another variant."""
+    inputs = padded_inputs()
+    expected = {}
+    for variant, seed in (("old", 3), ("new", 4)):
+        torch.manual_seed(seed)
+        model = add_skimming(tiny("bert", "sequence", initializer_range=0.1 + seed / 100))
+        undecided_predictors(model)
+        for predictor in model.skimming.predictors:
+            predictor.out.bias.copy_(torch.tensor([seed - 4.0, 0.0]))
+        expected[variant] = model.eval()(**inputs).logits
+        for max_shard_size in ("60KB", "1GB"):
+            model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+            model.save_pretrained(tmp_path / "variants", variant=variant, max_shard_size=max_shard_size)
+    assert torch.equal(from_pretrained(tmp_path, HEADS["sequence"])(**inputs).logits, expected["new"])
+    for variant, logits in expected.items():
+        loaded = from_pretrained(tmp_path / "variants", HEADS["sequence"], variant=variant)
+        assert torch.equal(loaded(**inputs).logits, logits)
+
+
+def test_hugging_faces_report_is_returned_where_it_is_asked_for(tmp_path: Path) -> None:
+    add_skimming(tiny("bert")).save_pretrained(tmp_path)
+    model, report = from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"] and len(model.skimming.predictors) == 3
+
+
+@torch.no_grad()
+def test_a_folder_below_the_one_named(tmp_path: Path) -> None:
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(threshold=0.4))
+    undecided_predictors(model)
+    model.save_pretrained(tmp_path / "last", max_shard_size="60KB")
+    loaded = from_pretrained(tmp_path, HEADS["sequence"], subfolder="last")
+    inputs = padded_inputs()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("max_shard_size", ["60KB", "1GB"])
+def test_where_a_model_is_looked_for_holds_for_all_its_files(
+    max_shard_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in a hub's place, to which a revision and the like mean nothing, notes what it is asked for with."""
+    add_skimming(tiny("bert")).save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    asked: dict[str, list[dict[str, Any]]] = {"config": [], "file": [], "class": []}
+    where = {"revision": "v2", "token": "secret", "cache_dir": str(tmp_path / "cache"), "subfolder": "last"}
+    where |= {"force_download": True, "local_files_only": True}
+
+    def noting(kind: str, function: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            asked[kind].append({name: value for name, value in options.items() if name in where})
+            return function(*arguments, **{name: value for name, value in options.items() if name not in where})
+
+        return run
+
+    class Config:
+        from_pretrained = staticmethod(noting("config", AutoConfig.from_pretrained))
+
+    class Model:
+        from_pretrained = staticmethod(noting("class", AutoModel.from_pretrained))
+
+    monkeypatch.setattr(loading, "AutoConfig", Config)
+    monkeypatch.setattr(loading, "cached_file", noting("file", loading.cached_file))
+    from_pretrained(tmp_path, Model, **where)
+    assert all(options == where for calls in asked.values() for options in calls)
+    files = len(list(tmp_path.glob("*.safetensors"))) if max_shard_size == "60KB" else 1
+    assert len(asked["config"]) == len(asked["class"]) == 1 and 1 <= len(asked["file"]) <= 2 + files
 
 
 @every_architecture

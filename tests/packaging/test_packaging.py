@@ -17,6 +17,11 @@ from transkimmer_kernels import env, native
 
 ROOT = Path(__file__).parents[2]
 SETUP = "import runpy, sys; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
+HIDE_TORCH = """
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)
+"""
 # A forward on the CPU, whatever serves it; prints the backend.
 USE = """
 import torch, transkimmer_kernels as tk
@@ -174,13 +179,9 @@ def test_the_report_that_people_read_says_the_same(capsys: pytest.CaptureFixture
 
 
 def test_setup_without_torch_is_one_line_with_the_command() -> None:
-    hide = (
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
-    )
     if any(shutil.which(tool) is None for tool in ("c++", "cmake")):
         pytest.skip("no C++ compiler or cmake: setup.py would not ask for torch")
-    _, err = _python(hide + SETUP, expect=1)
+    _, err = _python(HIDE_TORCH + SETUP.replace("--name", "build_ext"), expect=1)
     assert err.strip().splitlines()[-1] == (
         "transkimmer: torch is not importable here; install torch>=2.10 first, "
         "then run: pip install --no-build-isolation ."

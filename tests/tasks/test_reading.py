@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transkimmer.data import Example, TokenizedExamples, padded_batches, sample_path
+from transkimmer.data import Example, TokenizedExamples, padded_batches
+from transkimmer.demo import sentences as demo_sentences
 from transkimmer.tasks import TASKS, TEXT_TASKS, load_split, score, task_named
-from transkimmer.tasks.reading import read_table
 
 from ..models.words import word_tokenizer
 
@@ -108,7 +108,7 @@ def test_a_folder_of_several_tasks(tmp_path: Path) -> None:
 
 
 def test_the_sentences_that_come_along() -> None:
-    sentences = read_table(sample_path(), TASKS["sst2"])
+    sentences = demo_sentences()
     assert len(sentences) == 872 and sum(sentence.label for sentence in sentences) == 444
 
 

@@ -17,10 +17,8 @@ from transkimmer_kernels.files import write_whole
 from ..architectures import layer_count
 from ..arguments import check_least, check_outputs, option_of
 from ..config import SkimConfig
-from ..data import positions_of, sample_path
+from ..data import positions_of
 from ..skimming import add_skimming
-from ..tasks import TEXT_TASKS
-from ..tasks.reading import read_table
 from . import show, workload
 from .environment import environment
 from .setting import MAX_LENGTH
@@ -86,9 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_demo(arguments: argparse.Namespace, console: Console) -> tuple[str, list[Row]]:
     from ..demo import CLASS_NAMES, load_demo, stored_figures
+    from ..demo import sentences as demo_sentences
 
     model, tokenizer = load_demo(kernels=arguments.kernels, dtype=DTYPES[arguments.dtype])
-    sentences = read_table(sample_path(), TEXT_TASKS["sst2"])
+    sentences = demo_sentences()
     batches = workload.demo_batches(tokenizer, arguments.batch_size or 32, arguments.batches)
     count = sum(batch.lengths.numel() for batch in batches)
     console.print(

@@ -20,10 +20,8 @@ from transformers import (
 )
 
 from ..arguments import check_pretrained
-from ..data import TokenizedExamples, padded_batches, sample_path
+from ..data import TokenizedExamples, padded_batches
 from ..skimming import CONFIG_KEY
-from ..tasks import TEXT_TASKS
-from ..tasks.reading import read_table
 
 _SEQUENCES = 1024  # where all have one length
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -147,7 +145,9 @@ def random_batches(lengths: Sequence[int], batch_size: int, count: int, vocabula
 
 def demo_batches(tokenizer: PreTrainedTokenizerBase, batch_size: int, count: int | None = None) -> list[Batch]:
     """The SST-2 development sentences in the order of their file, `count` batches of them, with labels."""
-    examples = TokenizedExamples(read_table(sample_path(), TEXT_TASKS["sst2"]), tokenizer)
+    from ..demo import sentences
+
+    examples = TokenizedExamples(sentences(), tokenizer)
     batches = []
     for inputs in padded_batches(examples, tokenizer, batch_size):
         labels = inputs.pop("labels")

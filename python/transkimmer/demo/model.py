@@ -15,7 +15,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging
 
 from ..config import SkimConfig
+from ..data import Example
 from ..skimming import CONFIG_KEY, add_skimming
+from ..tasks import TEXT_TASKS
+from ..tasks.reading import read_table
 
 CLASS_NAMES = ("negative", "positive")
 FOLDER = Path(__file__).parent
@@ -66,6 +69,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def sentences() -> list[Example]:
+    """The SST-2 development sentences that come with the package, in the order of their file."""
+    return read_table(FOLDER / "sst2-dev.tsv", TEXT_TASKS["sst2"])
 
 
 def stored_figures(folder: Path = FOLDER) -> dict[str, Any]:

@@ -22,8 +22,11 @@ from .run import RUN, Run
 WRITTEN = (MODEL, "dense", "skimming", RUN)
 
 
-def prepare_output(job: Run, resume: bool) -> None:
+def prepare_output(job: Run, resume: bool, option: str = "--output") -> None:
     """Makes the output folder, and sees to it that it holds this run or none; of several processes the main one does.
+
+    Args:
+        option: that names the folder.
 
     Raises in every process:
         ValueError: it holds a run and `resume` is False, a run with other settings, or none and `resume` is True; or
@@ -34,7 +37,7 @@ def prepare_output(job: Run, resume: bool) -> None:
     problem: list[Exception | None] = [None]
     if state.is_main_process:
         try:
-            _prepare(job, resume)
+            _prepare(job, resume, option)
         except (OSError, ValueError) as error:
             problem = [error]
     if state.num_processes > 1:
@@ -43,31 +46,31 @@ def prepare_output(job: Run, resume: bool) -> None:
         raise problem[0]
 
 
-def _prepare(job: Run, resume: bool) -> None:
-    for option, place in (("--dense", job.dense), ("--backbone", job.backbone)):
+def _prepare(job: Run, resume: bool, option: str) -> None:
+    for start, place in (("--dense", job.dense), ("--backbone", job.backbone)):
         if place is not None and Path(place).is_dir() and Path(place).resolve().is_relative_to(job.output.resolve()):
-            raise ValueError(f"{option} {place}: lies in --output {job.output}, which the run writes to; take another")
+            raise ValueError(f"{start} {place}: lies in {option} {job.output}, which the run writes to; take another")
     settings = json.loads(json.dumps(job.settings()))
     saved = job.output / SETTINGS
     if saved.is_file() and any(path != saved for path in job.output.iterdir()):  # else it failed before it trained
         former = json.loads(saved.read_text(encoding="utf-8"))
         if not resume:
-            raise ValueError(f"--output {job.output}: holds a run already; go on with --resume, or take another folder")
+            raise ValueError(f"{option} {job.output}: holds a run already; go on with --resume, or take another folder")
         # A setting that did not exist when the run was begun had its default.
         former["recipe"] = Recipe(job.recipe.mode).to_dict() | former["recipe"]
         # Once the hub had no name here, and a backbone stood beside a dense fine-tune that came in its place.
         former["data"] = former["data"] or job.task.hub_name
         former["backbone"] = None if former["dense"] else former["backbone"]
         if former != settings:
-            raise ValueError(f"--resume: {job.output} holds a run with other settings: {_difference(former, settings)}")
+            raise ValueError(f"{option} {job.output}: holds a run with other settings: {_difference(former, settings)}")
         return
     if resume and not saved.is_file():  # perhaps mistyped: starting anew would take hours
         what = "holds no run" if job.output.is_dir() else "no such folder"
-        raise ValueError(f"--resume: --output {job.output}: {what}; leave out --resume to start one there")
+        raise ValueError(f"--resume: {option} {job.output}: {what}; leave out --resume to start one there")
     taken = [name for name in WRITTEN if (job.output / name).exists()]
     if taken and not saved.is_file():
         raise ValueError(
-            f"--output {job.output}: holds {', '.join(taken)} but no {SETTINGS}, so that they are not of a run; take "
+            f"{option} {job.output}: holds {', '.join(taken)} but no {SETTINGS}, so that they are not of a run; take "
             "another folder"
         )
     try:
@@ -76,7 +79,7 @@ def _prepare(job: Run, resume: bool) -> None:
             pass  # fails here rather than after an hour
         write_whole(saved, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
-        raise OSError(f"--output {job.output}: cannot be written: {os.strerror(error.errno or 0)}") from error
+        raise OSError(f"{option} {job.output}: cannot be written: {os.strerror(error.errno or 0)}") from error
 
 
 def _difference(former: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ class Run:
 
     backbone: folder or hub name; not read, and may be None, where `dense` is there to start from.
     cuda_graphs: whether skimming training is graphed, on a GPU (`Skimming.graphed_training`).
+    frozen_embeddings: whether the embeddings stay what they are in the backbone.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Run:
     dense: Path | None = None
     save_steps: int | None = None
     cuda_graphs: bool = True
+    frozen_embeddings: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -126,7 +128,7 @@ class Run:
         if self.recipe.mode != "dense" and not self.recipe.warm_start:
             return self._fresh()
         if finished.is_dir():
-            return on_device(self.kind.load(finished, "--dense").float())
+            return self._finished(finished)
         if self.dense is not None:
             raise FileNotFoundError(f"--dense {self.dense}: no such folder")
         model = self._fresh()
@@ -138,13 +140,21 @@ class Run:
         save_whole(model, tokenizer, finished)
         drop_checkpoints(folder)
         # Loaded like a resumed run loads it, so that both go on from the same numbers.
-        return on_device(self.kind.load(finished, "--dense"))
+        return self._finished(finished)
+
+    def _finished(self, folder: Path) -> PreTrainedModel:
+        return self._to_train(on_device(self.kind.load(folder, "--dense")))
 
     def _fresh(self) -> PreTrainedModel:
         """The backbone with a head for the task: a new one, where that of another task has other outputs."""
         set_seed(self.recipe.seed)
         options = self.kind.options()
         model = self.kind.auto_class.from_pretrained(self.backbone, ignore_mismatched_sizes=True, **options)
+        return self._to_train(model)
+
+    def _to_train(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.frozen_embeddings:
+            model.base_model.embeddings.requires_grad_(False)
         return model.float()  # files of 16 bits are loaded as they are
 
     def skimming_model(

@@ -21,6 +21,7 @@ from .trainer import PaddingCollator, SkimTrainer, SkimTrainingArguments, Steady
 
 CHECKPOINTS = 5  # per stage; only the last is kept
 STATE = "trainer_state.json"
+GO_ON = "go on with --resume (train-demo: run it again)"
 
 
 def train_stage(
@@ -64,7 +65,7 @@ def train_stage(
         ) from error
     except (SafetensorError, RuntimeError) as error:
         if _is_disk_error(error):
-            raise OSError(f"{folder}: a checkpoint could not be written ({error}); go on with --resume") from error
+            raise OSError(f"{folder}: a checkpoint could not be written ({error}); {GO_ON}") from error
         raise
     return model.eval()
 
@@ -89,7 +90,7 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             shutil.rmtree(partial, ignore_errors=True)
             if not _is_disk_error(error):
                 raise
-            raise OSError(f"{folder}: the model could not be written ({error}); go on with --resume") from error
+            raise OSError(f"{folder}: the model could not be written ({error}); {GO_ON}") from error
     state.wait_for_everyone()
 
 
