@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= $(or $(shell cat .venv/.torch 2>/dev/null),torch==2.13.0)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto
@@ -16,7 +16,8 @@ LIBRARY := transkimmer_kernels/libtranskimmer_cpu
 # What is asked for by name, on the command line or in the environment: `make test` goes on with the .venv there is.
 asked = $(filter-out file,$(firstword $(origin $1)))
 # Reasons to do again what a time stamp says is done: another torch; no libraries, or no build/cmake with the self-checks.
-SKIPPED = $(filter-out 0 off false,$(TRANSKIMMER_SKIP_NATIVE_BUILD))
+ASKED_TO_SKIP = $(filter-out 0 off OFF false False,$(TRANSKIMMER_SKIP_NATIVE_BUILD))
+SKIPPED = $(ASKED_TO_SKIP)$(wildcard .venv/.pure)
 OTHER_TORCH = $(if $(call asked,TORCH),$(if $(findstring <$(TORCH)>,<$(shell cat .venv/.torch 2>/dev/null)>),,again))
 NO_BUILD = $(if $(SKIPPED),,$(if $(and $(wildcard $(LIBRARY).*),$(wildcard build/cmake/CMakeCache.txt)),,again))
 SAME := import sys; print(sys.version, sys.base_prefix)
@@ -50,6 +51,7 @@ same-python:
 
 .venv/.installed: .venv/.dependencies $(NATIVE) $(NO_BUILD)
 	TRANSKIMMER_WERROR=1 $(PIP) install --no-build-isolation -e .
+	@$(if $(ASKED_TO_SKIP),touch,rm -f) .venv/.pure
 	@touch $@
 
 demo: setup

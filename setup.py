@@ -16,6 +16,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 COMMAND = "pip install --no-build-isolation ."
@@ -50,6 +51,12 @@ def find_torch() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def require_torch() -> None:
+    """Where native code is to be built, and not at the end of this file: an sdist is made without torch."""
+    if why_not_native() is None and find_torch() is None:
+        sys.exit(f"transkimmer: torch is not importable here; install torch>=2.10 first, then run: {COMMAND}")
+
+
 def why_not_native() -> str | None:
     """None when native code is to be built, else the reason for a pure-Python install."""
     if env_flag("TRANSKIMMER_SKIP_NATIVE_BUILD"):
@@ -75,8 +82,7 @@ class CMakeBuild(build_ext):
     """One CMake project builds all native files, which go beside the Python files of transkimmer_kernels."""
 
     def run(self) -> None:
-        if find_torch() is None:  # here and not at the end of this file: an sdist is made without torch
-            sys.exit(f"transkimmer: torch is not importable here; install torch>=2.10 first, then run: {COMMAND}")
+        require_torch()
         package = "transkimmer_kernels"
         destination = ROOT / package if self.inplace else Path(self.build_lib).resolve() / package
         folder = ROOT / "build" / "cmake"
@@ -117,6 +123,14 @@ class CMakeBuild(build_ext):
         return []  # cmake --install puts the files where they belong; setuptools has none to move
 
 
+class Metadata(dist_info):
+    """What pip asks for first: the error comes before it downloads a torch that was not chosen."""
+
+    def run(self) -> None:
+        require_torch()
+        super().run()
+
+
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read this pyproject.toml
     sys.exit(f"transkimmer: setuptools {setuptools.__version__} is too old: pip install -U 'setuptools>=77' wheel")
 reason = why_not_native()
@@ -124,4 +138,5 @@ if reason:
     print(f"transkimmer: {reason}; installing the pure-Python reference kernels only", file=sys.stderr)
 # One Extension without sources: it gives the wheel its platform tag. What an sdist needs of native code: MANIFEST.in.
 native = Extension("transkimmer_kernels._native", sources=[])
-setup(ext_modules=[] if reason else [native], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
+commands = {"build": FreshBuild, "build_ext": CMakeBuild, "dist_info": Metadata}
+setup(ext_modules=[] if reason else [native], cmdclass=commands)

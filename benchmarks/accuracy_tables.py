@@ -43,8 +43,9 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
         "without its noise; the largest difference is that of a logit, over the largest logit. Wall-clock is over our",
         "own dense run without padding, in turn in one process, on a GPU in bf16; skim efficiency divides it by the",
         "speedup of the FLOPs that both execute, in which the last layer is cut to the first token: somewhat less",
-        "than `FLOPs ×`, the paper's count. A speedup that no shift leads to has no point for that seed, so that some",
-        "points are means over fewer seeds; wall-clock was not taken of every seed either.",
+        "than `FLOPs ×`, the paper's count. A speedup that no shift leads to has no point for that seed, nor have (in",
+        "these rows) the ones after it, so that some points are means over fewer seeds; wall-clock was not taken of",
+        "every seed either.",
         "",
     ]
     for figure in accuracy_plots.figures(rows):

@@ -98,3 +98,16 @@ def test_a_long_reason_keeps_its_start_and_its_end(subject: peers.Subject, monke
     assert isinstance(found, str) and len(found) <= 250 and "\n" not in found
     assert found.startswith("failed: OwnError: Exception from src/infer_request.cpp:189: called by")
     assert " ... " in found and found.endswith("called by Port was not found")
+
+
+def test_a_compiled_model_is_given_only_the_inputs_it_has() -> None:
+    """Without ONNX Runtime and OpenVINO, which the tests do not need: both go through this."""
+    given: list[dict[str, Any]] = []
+
+    def compute(arrays: dict[str, Any]) -> Any:
+        given.append(arrays)
+        return arrays["input_ids"]
+
+    run = peers._by_name(iter(["input_ids", "attention_mask"]), compute)
+    inputs = {name: torch.ones(1, 2) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    assert torch.equal(run(inputs), inputs["input_ids"]) and list(given[0]) == ["input_ids", "attention_mask"]

@@ -96,7 +96,7 @@ def test_both_files_are_replaced_or_none(full: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(shutil, "copyfile", copy)
     with nullcontext() if full == "never" else pytest.raises(OSError, match="no space"):
-        train._move(tmp_path / "new", tmp_path / "old")
+        train._put(tmp_path / "new", tmp_path / "old")
     found = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "old").iterdir()}
     assert found == dict.fromkeys((model.WEIGHTS, model.FIGURES), "new" if full == "never" else "old")
 
@@ -118,6 +118,21 @@ def test_a_trial_run_does_not_replace_the_packages_own_weights(
     assert main([*arguments, "--limit", "30"]) == 0
     assert stored_figures(tmp_path / "demo")["train_sentences"] == 30
     assert [path.name for path in (tmp_path / "work").iterdir() if "demo" in path.name] == []
+
+
+def test_a_trial_run_that_has_not_learned_to_skim_is_kept_as_it_is(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any) -> float:
+        raise ValueError("flops_speedup=2: held-out batches are skimmed to 1.00x at most")
+
+    monkeypatch.setattr("transkimmer.training.calibrate", refuse)
+    with pytest.warns(UserWarning, match="not calibrated: flops_speedup=2"):
+        assert main([*arguments, "--limit", "30"]) == 0
+    assert stored_figures(tmp_path / "demo")["calibration_shift"] is None
+    shutil.rmtree(tmp_path / "work")
+    assert main(arguments) == 2 and "skimmed to 1.00x at most" in capsys.readouterr().err
+    assert stored_figures(tmp_path / "demo")["train_sentences"] == 30
 
 
 def test_an_interrupted_run_goes_on_to_the_same(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -78,11 +79,14 @@ def test_what_is_of_no_run_is_not_replaced(
 def test_a_run_does_not_write_over_what_it_starts_from(
     option: str, tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = tmp_path / "run" / "start"
+    start = tmp_path / "run" / "model"
     shutil.copytree(backbone, start)
     assert main(command(data, tmp_path / "run", option, str(start))) == 2
     assert f"{option} {start}: lies in --output {tmp_path / 'run'}" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["start"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    beside = Run(TASKS["sst2"], recipe_of("corrected", TASKS["sst2"]), str(backbone), tmp_path / "beside")
+    shutil.copytree(backbone, beside.output / "start")
+    prepare_output(dataclasses.replace(beside, backbone=str(beside.output / "start")), resume=False)
 
 
 def test_a_run_says_where_its_rows_and_its_weights_come_from(tmp_path: Path, backbone: Path) -> None:
@@ -210,3 +214,20 @@ def test_evaluation_takes_the_kernels_it_is_given(
     assert main([*evaluate, "--kernels", "reference"]) == 0
     assert main([*evaluate, "--kernels", "abacus"]) == 2
     assert "kernels" in (error := capsys.readouterr().err) and "abacus" in error
+
+
+@pytest.mark.parametrize(("source", "warns"), [("rows", 0), (None, 0), ("stanfordnlp/sst2", 1)])
+def test_a_dense_fine_tune_of_rows_from_elsewhere_is_warned_of(
+    source: str | None, warns: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """They may stand in another order, so that other ones were held out."""
+    dense = tmp_path / "dense" / MODEL
+    dense.mkdir(parents=True)
+    job = Run(TASKS["sst2"], recipe_of("corrected", TASKS["sst2"]), None, tmp_path / "run", Path("rows"), dense)
+    settings = {**job.settings(), "data": source, "dense": None}
+    (dense.parent / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    rows = list(range(40))
+    job._check_held_out(rows, hold_out(rows, job.recipe)[1])
+    assert [str(w.message).startswith(f"--dense {dense}: its run read rows from {source}") for w in recwarn] == [
+        True
+    ] * warns

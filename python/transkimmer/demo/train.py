@@ -8,6 +8,8 @@ import json
 import os
 import random
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains both models in `--work` and, when all is done, moves weights and figures to `--output`."""
     # These need accelerate, which only training does.
-    from ..training import calibrate
     from ..training.output import prepare_output
     from ..training.run import Run
 
@@ -68,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     train, held_out = _split(read_table(arguments.data, task), arguments)
     job = Run(task, recipe, str(backbone), arguments.work, arguments.data, cuda_graphs=False, frozen_embeddings=True)
     prepare_output(job, resume=(arguments.work / SETTINGS).is_file(), option="--work")
-    stage = arguments.work / "demo"
-    for folder in (arguments.output, stage):
-        folder.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     batches = {
         name: list(padded_batches(TokenizedExamples(rows, tokenizer), tokenizer, 64, sort=True))
@@ -84,16 +83,18 @@ def run(arguments: argparse.Namespace) -> int:
     figures |= _figures(dense, batches, prefix="dense_")
     model = job.skimming_model(dense, long, tokenizer)
     figures[CONFIG_KEY] = skimming_of(model).config.to_dict()
-    _save_weights(model, stage)
-    _write_figures(figures, stage)
-    # What is calibrated and evaluated is what is stored: fp16 weights, loaded anew.
-    stored, _ = load_demo(folder=stage)
-    figures["calibration_shift"] = calibrate(stored, batches["held_out_"], recipe.flops_speedup)
-    _save_weights(stored, stage)
-    stored, _ = load_demo(folder=stage)
-    figures |= _figures(stored, batches, prefix="")
-    _write_figures(figures, stage)
-    _move(stage, arguments.output)
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        stage = Path(folder)
+        _save_weights(model, stage)
+        _write_figures(figures, stage)
+        # What is calibrated and evaluated is what is stored: fp16 weights, loaded anew.
+        stored, _ = load_demo(folder=stage)
+        figures["calibration_shift"] = _calibrate(stored, batches["held_out_"], recipe)
+        _save_weights(stored, stage)
+        stored, _ = load_demo(folder=stage)
+        figures |= _figures(stored, batches, prefix="")
+        _write_figures(figures, stage)
+        _put(stage, arguments.output)
     print(json.dumps(figures, indent=2))
     return 0
 
@@ -108,6 +109,19 @@ def _split(rows: list[Example], arguments: argparse.Namespace) -> tuple[list[Exa
     return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
+def _calibrate(model: PreTrainedModel, held_out: list[dict[str, Tensor]], recipe: Recipe) -> float | None:
+    """The shift of the logits; None, with a warning, where a trial run has not learned to skim enough."""
+    from ..training import calibrate
+
+    try:
+        return calibrate(model, held_out, recipe.flops_speedup)
+    except ValueError as error:
+        if recipe.limit is None:
+            raise
+        warnings.warn(f"not calibrated: {error}", stacklevel=2)
+        return None
+
+
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     tensors = {n: t.half().contiguous() for n, t in model.state_dict().items() if not n.startswith(EMBEDDINGS)}
     save_file(tensors, folder / WEIGHTS)
@@ -117,7 +131,7 @@ def _write_figures(figures: dict[str, Any], folder: Path) -> None:
     (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _move(stage: Path, output: Path) -> None:
+def _put(stage: Path, output: Path) -> None:
     """Both files are copied, which may fail, before either takes the place of an old one."""
     partial = {name: output / f".{name}.partial" for name in (WEIGHTS, FIGURES)}
     try:
@@ -128,7 +142,6 @@ def _move(stage: Path, output: Path) -> None:
     finally:
         for copy in partial.values():
             copy.unlink(missing_ok=True)
-    shutil.rmtree(stage)
 
 
 def _figures(

@@ -148,7 +148,7 @@ def _check_read(recipe: Recipe, given: Mapping[str, Any], dense: Path | None) ->
             raise ValueError(f"{option}: is of skimming; --mode must be one of {allowed}")
         if name in DENSE_STAGE and dense is not None:
             raise ValueError(f"{option}: is of a dense fine-tune, which --dense {dense} is already; leave it out")
-        if name in (*DENSE_STAGE, *DISTILLATION) and not recipe.warm_start:
+        if (name in DENSE_STAGE or (name in DISTILLATION and value)) and not recipe.warm_start:
             what = "dense fine-tune" if name in DENSE_STAGE else "dense fine-tune to distil from"
             raise ValueError(f"{option}: --mode {recipe.mode} makes no {what}; leave it out")
     if "flops_speedup" in given and not recipe.aim and recipe.calibration != "speedup":

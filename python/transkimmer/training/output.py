@@ -48,8 +48,9 @@ def prepare_output(job: Run, resume: bool, option: str = "--output") -> None:
 
 def _prepare(job: Run, resume: bool, option: str) -> None:
     for start, place in (("--dense", job.dense), ("--backbone", job.backbone)):
-        if place is not None and Path(place).is_dir() and Path(place).resolve().is_relative_to(job.output.resolve()):
-            raise ValueError(f"{start} {place}: lies in {option} {job.output}, which the run writes to; take another")
+        written = [job.output.resolve() / name for name in WRITTEN]
+        if place is not None and any(Path(place).resolve().is_relative_to(path) for path in written):
+            raise ValueError(f"{start} {place}: lies in {option} {job.output}, where the run writes; take another")
     settings = json.loads(json.dumps(job.settings()))
     saved = job.output / SETTINGS
     if saved.is_file() and any(path != saved for path in job.output.iterdir()):  # else it failed before it trained
@@ -62,7 +63,10 @@ def _prepare(job: Run, resume: bool, option: str) -> None:
         former["data"] = former["data"] or job.task.hub_name
         former["backbone"] = None if former["dense"] else former["backbone"]
         if former != settings:
-            raise ValueError(f"{option} {job.output}: holds a run with other settings: {_difference(former, settings)}")
+            raise ValueError(
+                f"{option} {job.output}: holds a run with other settings: {_difference(former, settings)}; "
+                "take another folder, or these settings"
+            )
         return
     if resume and not saved.is_file():  # perhaps mistyped: starting anew would take hours
         what = "holds no run" if job.output.is_dir() else "no such folder"

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,12 @@ class Run:
         former = None if saved is None else json.loads(saved.read_text(encoding="utf-8"))
         if not isinstance(former, dict) or former.get("task") != self.task.name:
             return
+        if former.get("data", self.settings()["data"]) not in (self.settings()["data"], None):
+            warnings.warn(
+                f"--dense {self.dense}: its run read rows from {former['data']}; if they stand in another order here, "
+                "it was trained on some of the rows that are held out now",
+                stacklevel=2,
+            )
         theirs = {name: former["recipe"].get(name, getattr(Recipe, name)) for name in ("held_out", "limit")}
         # All runs draw in one order, the held-out rows first: fewer of them are the first of these.
         kept = len(hold_out(rows, dataclasses.replace(self.recipe, **theirs))[1])
