@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native
@@ -79,13 +79,31 @@ def _declare(operator: Operator, backend: str, available: Callable[[], str | Non
     _LIBRARY.define(overload + operator.schema)
     torch.library.register_fake(qualified, operator.fake, lib=_LIBRARY)
     if operator.make_backward is not None:
-        # No formula has one of its own: a second derivative is an error instead of a part of the truth.
-        backward = once_differentiable(operator.make_backward(backend))
+        backward = _once_differentiable(operator.make_backward(backend))
         torch.library.register_autograd(qualified, backward, setup_context=operator.setup_context, lib=_LIBRARY)
     for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
         _LIBRARY.impl(overload, _without_autocast(operator, backend, key), key.name)
     operator.backends[backend] = available
     return overload
+
+
+def _once_differentiable(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A second derivative is an error instead of a part of the truth: the formulas differentiate no further.
+
+    torch's own decorator lets it be zero where only what was saved, and not the incoming gradient, depends on a leaf.
+    """
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            outputs = formula(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        message = b"transkimmer's operators are differentiable once; create_graph=True cannot go through them"
+        fail = torch._C._functions.DelayedError(message, len(outputs))
+        return fail(*(x if x is None else x.detach().requires_grad_() for x in outputs))  # type: ignore[arg-type]
+
+    return backward
 
 
 def _without_autocast(operator: Operator, backend: str, key: torch._C.DispatchKey) -> Callable[..., Any]:

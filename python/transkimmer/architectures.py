@@ -145,6 +145,15 @@ def get(module: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), module)
 
 
+def has_own_forward(module: Any) -> bool:
+    """Whether a forward was set on the instance, and is not the class's, which accelerate leaves there unwrapped."""
+    forward = vars(module).get("forward")
+    theirs = type(module).forward
+    while theirs is not None and getattr(forward, "__func__", forward) is not theirs:
+        theirs = getattr(theirs, "__wrapped__", None)
+    return forward is not None and theirs is None
+
+
 def check_containers(layer: nn.Module, architecture: Architecture) -> None:
     """TypeError if `layer`, or a module around its parts, has a forward that is not Hugging Face's.
 
@@ -155,8 +164,9 @@ def check_containers(layer: nn.Module, architecture: Architecture) -> None:
     paths |= {path.rpartition(".")[0] for path in paths}
     for path in sorted(paths):
         module = get(layer, path) if path else layer
-        theirs = type(module).forward.__module__.startswith("transformers.")
-        if not theirs or "forward" in vars(module):
+        # torch's own wrappers (compiled, checkpointed) pass attributes on.
+        theirs = type(module).forward.__module__.startswith(("transformers.", "torch."))
+        if not theirs or has_own_forward(module):
             where = f"{path} of a layer" if path else "a layer"
             raise TypeError(
                 f"model: {where} is a {type(module).__name__} with a forward of its own, which skimming would never "
@@ -168,7 +178,7 @@ def is_plain_norm(module: Any) -> bool:
     """Whether a kernel may stand for calling it: PyTorch's own LayerNorm, with both parameters and no hooks."""
     return (
         type(module) is nn.LayerNorm
-        and "forward" not in vars(module)
+        and not has_own_forward(module)
         and module.weight is not None
         and module.bias is not None
         and not any(map(vars(module).get, HOOKS))

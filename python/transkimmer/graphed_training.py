@@ -184,7 +184,9 @@ class GraphedTraining:
     def _why_not_these(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_replica", False):
             return "nn.DataParallel makes new parameters for every step"
-        if self._watch is None or self._watch.moved() or (self._engine is not None and self._engine.is_stale()):
+        if self._engine is not None and self._engine.is_stale():
+            self._forget_graphs()  # but not what cannot be captured, or captures would fail in turn without end
+        if self._watch is None or self._watch.moved():
             self.clear()
             self._watch, self._parameters = Watch(module), list(module.parameters())
             self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]

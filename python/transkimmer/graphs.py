@@ -118,7 +118,7 @@ class GraphedForward:
         return self._run(self._model, how, *args, **kwargs)
 
     def _run(self, model: PreTrainedModel, how: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not ARCHITECTURES[model.config.model_type].encoder_sees_positions:
+        if not ARCHITECTURES[self._encoder.skim_model_config.model_type].encoder_sees_positions:
             kwargs |= offsets_of({**dict(zip(self.names, args, strict=False)), **kwargs})
         if not model.training:
             return how(model, args, kwargs)
@@ -261,11 +261,11 @@ class GraphedForward:
             return "a part of the model is in training mode"
         if any(self._hooks):
             return "a part of the model has hooks, which a replay would not call"
-        config = self._model.config
-        if getattr(config, "return_dict", True) is False:
+        configs = (self._model.config, self._encoder.skim_model_config)
+        if any(getattr(config, "return_dict", True) is False for config in configs):
             return "config.return_dict is off"
         for name in ("output_hidden_states", "output_attentions"):
-            if getattr(config, name, False):
+            if any(getattr(config, name, False) for config in configs):
                 return f"config.{name} is set"
         return None
 

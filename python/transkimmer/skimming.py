@@ -14,7 +14,7 @@ from transkimmer_kernels import KERNELS, KernelSet, kernel_set
 from transkimmer_kernels.registry import check_kernels
 from transkimmer_kernels.runtime import GraphCache
 
-from .architectures import architecture_of, check_containers, encoder_of, reads_first_token_only
+from .architectures import architecture_of, check_containers, encoder_of, has_own_forward, reads_first_token_only
 from .config import SkimConfig
 from .embeddings import SkimmingEmbeddings
 from .encoder import ATTENTION_NAME, SkimmingEncoder, original_class, skimming_class
@@ -260,11 +260,8 @@ def _check_forwards(model: Any, encoder: nn.Module, embeddings: nn.Module) -> No
     """ValueError if one of them has a forward that was set on the instance: skimming would never run, or that would."""
     names = {"model": model, "its encoder": encoder, "its embeddings": embeddings}
     for name, module in names.items():
-        forward = vars(module).get("forward")
-        # `Trainer` wraps a model's forward in autocast, and wraps the next one anew; unwrapped, it is the class's.
-        if "_original_forward" in vars(module) or getattr(forward, "__func__", None) is type(module).forward:
-            continue
-        if forward is not None:
+        # `Trainer` wraps a model's forward in autocast, and wraps the next one anew.
+        if has_own_forward(module) and "_original_forward" not in vars(module):
             raise ValueError(
                 f"model: {name} has a forward that was set on the instance, as hooks of accelerate's device_map and "
                 "torch.compile(module.forward) do; add skimming first, or remove them"

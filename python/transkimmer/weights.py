@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.activations import GELUActivation
 
 from transkimmer_kernels import KernelSet
 from transkimmer_kernels.runtime import LayerWeights, PredictorWeights
 
-from .architectures import Architecture, check_containers, get
+from .architectures import Architecture, check_containers, get, has_own_forward
 from .predictor import SkimPredictor
 
 
@@ -163,7 +164,8 @@ def _prepare(
                 prepared[id(module)] = _prepare_layer(module, architecture, kernels, dtype, split=False)
             layers.append(prepared[id(module)])
     paths = [path for path in (architecture.attention_dropout, architecture.ffn_dropout) if path is not None]
-    dropouts = [_plain(module, path, nn.Dropout) for module in dict.fromkeys(modules) for path in paths]
+    inactive = [_plain(module, path, nn.Dropout, nn.Identity) for module in dict.fromkeys(modules) for path in paths]
+    dropouts = [part for part in inactive if isinstance(part, nn.Dropout)]
     weights = EncoderWeights(layers, [_prepare_predictor(p, kernels, dtype) for p in predictors], dropouts)  # type: ignore[arg-type]
     if kernels.device_type == "cuda":
         with torch.cuda.device_of(weights.layers[0].qkv_weight):
@@ -217,12 +219,13 @@ def _prepare_layer(
     )
 
 
-def _plain(module: nn.Module, path: str, kind: type[nn.Module]) -> Any:
-    """The part of `module` at `path`; TypeError if calling it does more than PyTorch's own `kind` does."""
-    part = get(module, path)
-    if type(part) is kind and "forward" not in vars(part):
+def _plain(module: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
+    """The part of `module` at `path`; TypeError if calling it does more than PyTorch's own `kinds` do."""
+    part, kind = get(module, path), kinds[0]
+    own = type(part).__bases__[0] if parametrize.is_parametrized(part) else type(part)
+    if own in kinds and not has_own_forward(part):
         return part
-    what = f"a {type(part).__name__}" + (" with a forward of its own" if type(part) is kind else "")
+    what = f"a {type(part).__name__}" + (" with a forward of its own" if own in kinds else "")
     raise TypeError(
         f"model: {path} is {what}; skimming inference takes plain nn.{kind.__name__} layers (merge adapters first)"
     )

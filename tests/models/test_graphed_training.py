@@ -417,8 +417,10 @@ def test_graphs_that_a_failed_capture_elsewhere_has_changed_are_captured_anew() 
     assert_step(model, BATCHES[0])
     former = model.skimming.training_graphs._engine
     former.stale = True
+    model.skimming.training_graphs._refused["a size"] = "capturing failed"
     assert_step(model, BATCHES[0])
     assert model.skimming.training_graphs._engine is not former
+    assert "a size" in model.skimming.training_graphs._refused, "or captures of two models would fail in turn for ever"
 
 
 def test_a_model_that_is_moved_gives_the_memory_of_its_graphs_back() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForSequenceClassification, BertModel, BertPreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer
 from transkimmer import SkimConfig, add_skimming, remove_skimming
@@ -57,9 +58,14 @@ def test_dropout_of_embeddings_that_is_on_in_eval_mode_drops() -> None:
     assert not torch.equal(first, second)
 
 
+class OwnDropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 PARTS = {
     "a layer": ("", Louder, "a layer is a Louder with a forward of its own"),
-    "dropout": ("output.dropout", nn.Identity, "output.dropout is a Identity"),
+    "dropout": ("output.dropout", OwnDropout, "output.dropout is a OwnDropout"),
     "norm": ("output.LayerNorm", OwnNorm, "output.LayerNorm is a OwnNorm"),
 }
 
@@ -82,6 +88,32 @@ def test_a_forward_that_was_set_on_a_part_is_refused(path: str) -> None:
     module.forward = MethodType(lambda self, x, *rest: x, module)
     with pytest.raises(TypeError, match="with a forward of its own"):
         model(**padded_inputs())
+
+
+@torch.no_grad()
+def test_parts_that_compute_the_same_are_taken() -> None:
+    """No dropout at all, the class's forward left behind by hooks, a parametrised weight, wrappers of torch."""
+    model = add_skimming(tiny("bert", "sequence")).eval()
+    expected = model(**padded_inputs()).logits
+    layer, predictor = model.bert.encoder.layer[1], model.skimming.predictors[0]
+    layer.output.dropout = nn.Identity()
+    for part in (layer, layer.attention, layer.output.dense, layer.output.LayerNorm):
+        part.forward = MethodType(type(part).forward, part)
+    nn.utils.parametrizations.weight_norm(predictor.fc)
+    model.bert.encoder.layer[2] = checkpoint_wrapper(model.bert.encoder.layer[2])
+    model.skimming.refresh()
+    assert relative_error(model(**padded_inputs()).logits, expected) < 1e-5
+
+
+def test_a_model_that_accelerate_has_unwrapped_can_skim() -> None:
+    """It leaves the innermost of a decorated forward bound to the instance."""
+    model = tiny("bert", "sequence")
+    forward = type(model).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    assert forward is not type(model).forward
+    model.forward = MethodType(forward, model)
+    add_skimming(model).eval()(**padded_inputs())
 
 
 @torch.no_grad()
@@ -158,6 +190,7 @@ class Around(BertPreTrainedModel):
         super().__init__(config)
         inner = copy.deepcopy(config)
         inner.num_attention_heads = 4
+        config.model_type = "ranker"
         self.bert = BertModel(inner)
         self.post_init()
 

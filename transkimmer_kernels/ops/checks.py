@@ -55,7 +55,7 @@ def check_weight(
     panels = panels and select_backend(operator, kernels, like.device.type, like.dtype) == "cpu"
     wanted = (*shape, None) if panels else shape
     check_tensor(name, weight, dtype=like.dtype, device=like.device, shape=wanted)
-    if panels:
+    if panels or weight.is_mkldnn:
         refuse_gradients(f"{name}, packed", "pass the matrix", weight, like)
 
 
