@@ -112,7 +112,7 @@ _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNext
 
 def architecture_of(model: Any) -> Architecture:
     """The row for `model`; ValueError if there is none, or if the model is not a plain encoder."""
-    config = model.base_model.config  # of a model around it, which may have another, only what is saved counts
+    config = model.base_model.config  # a head may have another one, which the encoder does not read
     model_type = config.model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(
