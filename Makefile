@@ -83,6 +83,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 check: lint
 	@$(MAKE) --no-print-directory test

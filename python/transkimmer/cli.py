@@ -18,8 +18,8 @@ TRAINING_PACKAGES = ("accelerate", "datasets", "sklearn", "scipy")
 def build_parser() -> argparse.ArgumentParser:
     from .bench import command as bench
     from .bench import profiling
-    from .demo import train as demo_train
     from .training import command as train
+    from .training import demo_command as train_demo
     from .training import evaluation_command as evaluate
 
     parser = argparse.ArgumentParser(prog="transkimmer", description=__doc__)
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("profile", profiling, "where a forward's time goes: by operator, by layer, and between kernels"),
         ("train", train, "fine-tune a skimming model on a task"),
         ("evaluate", evaluate, "judge a trained model: metric, FLOPs, wall-clock time, tokens kept"),
-        ("train-demo", demo_train, "train the demo model anew from the pretrained MiniLM"),
+        ("train-demo", train_demo, "train the demo model anew from the pretrained MiniLM"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         module.add_arguments(sub)

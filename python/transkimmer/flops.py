@@ -65,6 +65,12 @@ class EncoderShape:
         ffn = getattr(config, "intermediate_size", None) or config.hidden_dim
         return cls(layer_count(config), config.hidden_size, ffn, predictor)
 
+    @classmethod
+    def of_model(cls, model: Any) -> EncoderShape:
+        """Of a Hugging Face model, and of its predictors where it is a skimming one."""
+        skimming = getattr(model, "skimming", None)
+        return cls.of(model.config, 0 if skimming is None else skimming.predictors[0].fc.out_features)
+
     def as_executed(self, *, scores_first: bool = False) -> EncoderShape:
         """The same, with predictors counted as we execute them."""
         return dataclasses.replace(self, predictor_outputs=1, scores_first=scores_first)

@@ -14,24 +14,26 @@ import torch
 from safetensors.torch import load_file
 from transkimmer.cli import main
 from transkimmer.data import TokenizedExamples, padded_batches
-from transkimmer.demo import load_demo, model, sentences, stored_figures, train
-from transkimmer.training import evaluate_classifier
+from transkimmer.demo import load_demo, model, sentences, stored_figures
+from transkimmer.training import demo_command, evaluate_classifier
 from transkimmer.training import run as training_run
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
 
-RECIPE = dataclasses.replace(train.RECIPE, batch_size=8, dense_epochs=1, epochs=1, bias_init=1, flops_speedup=1.1)
+RECIPE = dataclasses.replace(
+    demo_command.RECIPE, batch_size=8, dense_epochs=1, epochs=1, bias_init=1, flops_speedup=1.1
+)
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tiny("bert", "sequence").save_pretrained(tmp_path / "backbone")
     word_tokenizer().save_pretrained(tmp_path / "backbone")
-    for module in (model, train):
+    for module in (model, demo_command):
         monkeypatch.setattr(module, "backbone_folder", lambda: tmp_path / "backbone")
     for name, value in (("RECIPE", RECIPE), ("HELD_OUT", 8), ("MIN_WORDS", 4)):
-        monkeypatch.setattr(train, name, value)
+        monkeypatch.setattr(demo_command, name, value)
     words = random.Random(0)
     rows = ["sentence\tlabel"]
     for number in range(48):
@@ -96,7 +98,7 @@ def test_both_files_are_replaced_or_none(full: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(shutil, "copyfile", copy)
     with nullcontext() if full == "never" else pytest.raises(OSError, match="no space"):
-        train._put(tmp_path / "new", tmp_path / "old")
+        demo_command._put(tmp_path / "new", tmp_path / "old")
     found = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "old").iterdir()}
     assert found == dict.fromkeys((model.WEIGHTS, model.FIGURES), "new" if full == "never" else "old")
 
@@ -104,7 +106,7 @@ def test_both_files_are_replaced_or_none(full: str, tmp_path: Path, monkeypatch:
 def test_a_trial_run_does_not_replace_the_packages_own_weights(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(demo_command, "FOLDER", tmp_path / "package")
     start = [word for word in arguments if word not in ("--output", str(tmp_path / "demo"))]
     for given, limit, message in (
         (arguments, "-5", "--limit -5: must be at least 1"),

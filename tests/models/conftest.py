@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from transkimmer_kernels import kernel_set
+from transkimmer_kernels.runtime.graphs import ENGINES
 
+from .graphed_steps import StepTapes
 from .tiny import KERNELS
 
 
@@ -21,3 +23,9 @@ def chosen_kernels(request: pytest.FixtureRequest) -> None:
     assert set(kernel_set("auto", "cpu").serves.values()) == set(KERNELS)
     if (marker := request.node.get_closest_marker("default_kernels")) is not None:
         pytest.skip(f"{KERNELS[0]}: {marker.args[0]}")
+
+
+@pytest.fixture
+def step_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training by graphs works on a CPU, where tapes stand for the graphs."""
+    monkeypatch.setitem(ENGINES, "cpu", StepTapes)

@@ -3,111 +3,22 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transkimmer import SkimConfig, add_skimming, record_skimming
 from transkimmer.graphed_training import _Step
-from transkimmer.records import SkimRecord
-from transkimmer.training_forward import decisions_without_noise
 
-from transkimmer_kernels.runtime.graphs import ENGINES
+from .graphed_steps import BATCHES, assert_close, assert_step, eagerly, gradients, graphed, loss_of, step
+from .tiny import ARCHITECTURES, no_dropout
 
-from ..tape import Tape, TapeEngine
-from .tiny import ARCHITECTURES, no_dropout, padded_inputs, tiny, undecided_predictors
-
-pytestmark = pytest.mark.default_kernels("is about what stands around the kernels, and too long for an interpreter")
+pytestmark = [
+    pytest.mark.default_kernels("is about what stands around the kernels, and too long for an interpreter"),
+    pytest.mark.usefixtures("step_tapes"),
+]
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-# As many tokens as fill a graph; fewer, in other lengths, by the same graph; by others: more sequences, longer ones.
-BATCHES = ((14, 2, 9, 7), (9, 14, 6, 2), (14, 14, 1, 2), (5, 9, 1, 14, 5), (30, 1, 33))
-
-
-class StepTapes(TapeEngine):
-    """Poisons what a forward leaves only before the next one: a backward needs it."""
-
-    last: StepTapes
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        StepTapes.last = self
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        yield
-
-    def recorded(self, tape: Tape) -> None:
-        """A backward is recorded over the values of its forward."""
-
-    def poison(self) -> None:
-        for tape in self._tapes:
-            tape.poison()
-
-
-@pytest.fixture(autouse=True)
-def tapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "cpu", StepTapes)
-
-
-def graphed(architecture: str = "bert", **config: Any) -> PreTrainedModel:
-    """Without dropout, and with decisions that are not drawn unless `noise` is given."""
-    model = add_skimming(no_dropout(tiny(architecture, "sequence")), SkimConfig(**{"noise": 0.0, **config}))
-    undecided_predictors(model)
-    model.skimming.cuda_graphs = "off"
-    model.skimming.graphed_training = True
-    return model.train()
-
-
-def loss_of(model: PreTrainedModel, lengths: tuple[int, ...], seed: int = 0) -> Tensor:
-    inputs = padded_inputs(lengths)
-    torch.manual_seed(seed)
-    return model(**inputs, labels=torch.arange(len(lengths)) % 2).loss
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def step(
-    model: PreTrainedModel, lengths: tuple[int, ...], seed: int = 0
-) -> tuple[float, dict[str, Tensor], SkimRecord]:
-    model.zero_grad(set_to_none=True)
-    with record_skimming() as records:
-        loss = loss_of(model, lengths, seed)
-        loss.backward()
-    return loss.item(), gradients(model), records[0]
-
-
-def eagerly(model: PreTrainedModel, work: Callable[[PreTrainedModel], Any]) -> Any:
-    twin = copy.deepcopy(model)
-    twin.skimming.graphed_training = False
-    return work(twin)
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert list(actual) == list(expected)
-    scale = max(float(x.abs().max()) for x in expected.values())
-    for name, gradient in expected.items():
-        size = max(float(gradient.abs().max()), 1e-2 * scale)
-        assert (actual[name] - gradient).abs().max() <= tolerance * size, name
-
-
-def assert_step(model: PreTrainedModel, lengths: tuple[int, ...], why_eager: str | None = None) -> None:
-    if len(model.skimming.training_graphs):
-        StepTapes.last.poison()
-    loss, actual, record = step(model, lengths)
-    assert model.skimming.training_graphs.why_eager == why_eager
-    expected_loss, expected, expected_record = eagerly(model, lambda twin: step(twin, lengths))
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert_close(actual, expected)
-    assert torch.equal(record.keep_masks, expected_record.keep_masks)
-    for logit, expected_logit in zip(record.logits, expected_record.logits, strict=True):
-        torch.testing.assert_close(logit, expected_logit, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @every_architecture
@@ -336,132 +247,3 @@ def test_a_capture_draws_nothing() -> None:
     after = torch.rand(1)
     step(model, BATCHES[0])
     assert torch.equal(torch.rand(1), after)
-
-
-def _checkpointed(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable()
-
-
-def _hooked(model: PreTrainedModel) -> None:
-    model.bert.encoder.layer[0].register_forward_hook(lambda *args: None)
-
-
-def _hooked_backwards(model: PreTrainedModel) -> None:
-    model.bert.encoder.layer[1].output.dense.register_full_backward_pre_hook(lambda *args: None)
-
-
-def _hooked_parameter(model: PreTrainedModel) -> None:
-    model.bert.encoder.layer[1].output.dense.weight.register_hook(lambda gradient: 0.5 * gradient)
-
-
-def _replica(model: PreTrainedModel) -> None:
-    model.bert.encoder._is_replica = True
-
-
-def _pruned(model: PreTrainedModel) -> None:
-    model.skimming.config.pruned_training = True
-
-
-def _partly_in_eval_mode(model: PreTrainedModel) -> None:
-    model.bert.encoder.layer[0].eval()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (_checkpointed, "gradient checkpointing is on"),
-        (_hooked, "a part of the encoder has hooks, which a replay would not call"),
-        (_hooked_backwards, "a part of the encoder has hooks, which a replay would not call"),
-        (_hooked_parameter, "a parameter of the encoder has hooks, which a replay would not call"),
-        (_replica, "nn.DataParallel makes new parameters for every step"),
-        (_pruned, "pruned training asks the device how many tokens are left"),
-        (_partly_in_eval_mode, "a part of the encoder is in eval mode"),
-    ],
-)
-def test_what_runs_eagerly_and_says_why(change: Callable[[PreTrainedModel], None], reason: str) -> None:
-    model, twin = graphed(), graphed()
-    twin.skimming.graphed_training = False
-    for m in (model, twin):  # a copy would have no hooks
-        change(m)
-    loss, actual, record = step(model, BATCHES[0])
-    assert model.skimming.training_graphs.why_eager == reason
-    expected_loss, expected, expected_record = step(twin, BATCHES[0])
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert_close(actual, expected)
-    assert torch.equal(record.keep_masks, expected_record.keep_masks)
-
-
-def test_forwards_that_need_no_gradient_run_eagerly() -> None:
-    model = graphed()
-    with torch.no_grad():
-        loss_of(model, BATCHES[0])
-    assert model.skimming.training_graphs.why_eager == "gradients are off"
-    with decisions_without_noise(0.0):
-        loss_of(model, BATCHES[0]).backward()
-    assert model.skimming.training_graphs.why_eager == "decisions are made without noise"
-
-
-def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: StepTapes, run: Callable[[], Any]) -> Any:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(StepTapes, "record", fail)
-    model = graphed()
-    with pytest.warns(UserWarning, match="trains without a CUDA graph: capturing failed: RuntimeError: no"):
-        step(model, BATCHES[0])
-    assert_step(model, BATCHES[0], why_eager="capturing failed: RuntimeError: no")
-
-
-def test_graphs_that_a_failed_capture_elsewhere_has_changed_are_captured_anew() -> None:
-    model = graphed()
-    assert_step(model, BATCHES[0])
-    former = model.skimming.training_graphs._engine
-    former.stale = True
-    model.skimming.training_graphs._refused["a size"] = "capturing failed"
-    assert_step(model, BATCHES[0])
-    assert model.skimming.training_graphs._engine is not former
-    assert "a size" in model.skimming.training_graphs._refused, "or captures of two models would fail in turn for ever"
-
-
-def test_a_model_that_is_moved_gives_the_memory_of_its_graphs_back() -> None:
-    model = graphed()
-    assert_step(model, BATCHES[0])
-    model.double()
-    assert len(model.skimming.training_graphs) == 0 and model.skimming.training_graphs._watch is None
-
-
-def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transkimmer.graphed_training._MAX_GRAPHS", 2)
-    model = graphed()
-    for lengths in ((3,), (3, 3), (3, 3, 3), (3,)):
-        assert_step(model, lengths)
-        assert len(model.skimming.training_graphs) <= 2
-
-
-def test_sizes_that_are_seldom_used_are_not_captured() -> None:
-    model = graphed()
-    model.skimming.training_graphs.uses_before = 2
-    for used in (1, 2):
-        assert_step(model, BATCHES[0], why_eager=f"its size has been used {used} times, of 2 before a capture")
-    assert_step(model, BATCHES[0])
-    assert copy.deepcopy(model).skimming.training_graphs.uses_before == 2
-
-
-def test_it_is_on_or_off() -> None:
-    with pytest.raises(ValueError, match=r"graphed_training='off': must be True or False"):
-        graphed().skimming.graphed_training = "off"
-
-
-def test_copies_start_without_graphs() -> None:
-    model = graphed()
-    assert_step(model, BATCHES[0])
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.skimming.graphed_training and len(twin.skimming.training_graphs) == 0
-        assert_step(twin, BATCHES[0])
-    model.skimming.graphed_training = False
-    assert model.skimming.training_graphs is None
-
-
-def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ENGINES, "cpu")
-    assert_step(graphed(), BATCHES[0], why_eager="the model is on cpu")

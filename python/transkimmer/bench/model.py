@@ -13,7 +13,6 @@ from torch import Tensor
 from ..architectures import layer_count
 from ..flops import EncoderShape
 from ..skimming import skimming_of
-from ..training.evaluation import predictor_width
 from .contenders import KEEP_ALL, Contender
 from .counters import count_launches
 from .field import TOLERANCES, Checked, Field
@@ -82,7 +81,7 @@ def measure(
 
 
 def shape_of(subject: Subject) -> EncoderShape:
-    return EncoderShape.of(subject.dense.config, predictor_width(subject.skimming))
+    return EncoderShape.of_model(subject.skimming)
 
 
 def _extents(batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:

@@ -20,7 +20,6 @@ from transkimmer_kernels.runtime import GraphCache
 from ..flops import EncoderShape
 from ..records import record_skimming
 from ..skimming import skimming_of
-from ..training.evaluation import predictor_width
 from .contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender, contenders
 from .workload import Batch
 
@@ -203,7 +202,7 @@ def _rows(
     lengths = torch.cat([batch.lengths for batch in batches])
     padded = torch.cat([torch.full_like(batch.lengths, batch.inputs["input_ids"].size(1)) for batch in batches])
     labels = None if batches[0].labels is None else torch.cat([b.labels for b in batches if b.labels is not None])
-    shape = EncoderShape.of(model.config, predictor_width(model))
+    shape = EncoderShape.of_model(model)
     paper = {
         PADDED: shape.dense_flops(padded),
         PLAIN: shape.dense_flops(lengths),

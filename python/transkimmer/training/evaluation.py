@@ -51,12 +51,6 @@ class SkimEvaluation:
         return {name: getattr(self, name) for name in names} | {"examples": self.lengths.numel()}
 
 
-def predictor_width(model: PreTrainedModel) -> int:
-    """Inner width of a model's skim predictors, 0 where it has none."""
-    skimming = getattr(model, "skimming", None)
-    return 0 if skimming is None else int(skimming.predictors[0].fc.out_features)
-
-
 def evaluate_classifier(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], metrics: Sequence[str] = ("accuracy",)
 ) -> SkimEvaluation:
@@ -87,7 +81,7 @@ def evaluate(
         raise ValueError("batches: no examples to evaluate")
     all_lengths, all_layers = torch.cat(lengths), torch.cat(layer_lengths, 1)
     kept = all_layers.sum(1).double() / all_lengths.sum()
-    shape = EncoderShape.of(model.config, predictor_width(model))
+    shape = EncoderShape.of_model(model)
     return SkimEvaluation(
         metrics={} if judge is None else judge.metrics(),
         tokens_kept=float(kept.mean()),

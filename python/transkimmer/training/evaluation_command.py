@@ -31,7 +31,7 @@ from ..bench.workload import Batch
 from ..flops import EncoderShape, count_flops
 from ..skimming import skimming_of
 from ..tasks import TASKS, Task, load_split, task_named
-from .evaluation import evaluate, predictor_width, training_forward_difference
+from .evaluation import evaluate, training_forward_difference
 from .judges import Judge
 from .kinds import Kind, QuestionKind, TextKind, kind_of
 from .passages import of_different_passages, print_passages, read_passage
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--answers {arguments.answers}: {task.title} has no questions")
     model, tokenizer = load(folder, kind, arguments.kernels), AutoTokenizer.from_pretrained(folder)
     for name in NEED_SKIMMING:
-        if (value := getattr(arguments, name)) and not predictor_width(model):
+        if (value := getattr(arguments, name)) and not hasattr(model, "skimming"):
             raise ValueError(f"{option_of(name)}{'' if value is True else f' {value}'}: the model does not skim")
     examples = load_split(task, arguments.split, arguments.data)
     max_length = recipe.longest(model.config)
@@ -159,9 +159,9 @@ def figures_of(
     with count_flops() as counted:
         result = evaluate(model, batches, judge)
     figures: dict[str, Any] = result.to_dict()
-    if not predictor_width(model):
+    shape = EncoderShape.of_model(model)
+    if not shape.predictor:
         return figures
-    shape = EncoderShape.of(model.config, predictor_width(model))
     lengths, layers = result.lengths, result.layer_lengths
     cut, config = skimming_of(model).first_token_only, skimming_of(model).config
     dense = shape.dense_flops(lengths, first_token_only=cut)

@@ -20,11 +20,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..arguments import check_least
 from ..data import Example, TokenizedExamples, padded_batches
+from ..demo import load_demo, sentences
+from ..demo.model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder
 from ..skimming import CONFIG_KEY, skimming_of
 from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
-from ..training.recipe import SETTINGS, Recipe
-from .model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder, load_demo, sentences
+from .recipe import SETTINGS, Recipe
 
 RECIPE = Recipe(  # docs/training.md says how it was chosen
     "corrected",
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains both models in `--work` and, when all is done, moves weights and figures to `--output`."""
     # These need accelerate, which only training does.
-    from ..training.output import prepare_output
-    from ..training.run import Run
+    from .output import prepare_output
+    from .run import Run
 
     check_least(arguments, limit=1)
     if arguments.limit is not None and arguments.output.resolve() == FOLDER.resolve():
@@ -111,7 +112,7 @@ def _split(rows: list[Example], arguments: argparse.Namespace) -> tuple[list[Exa
 
 def _calibrate(model: PreTrainedModel, held_out: list[dict[str, Tensor]], recipe: Recipe) -> float | None:
     """The shift of the logits; None, with a warning, where a trial run has not learned to skim enough."""
-    from ..training import calibrate
+    from .calibration import calibrate
 
     try:
         return calibrate(model, held_out, recipe.flops_speedup)
@@ -147,7 +148,7 @@ def _put(stage: Path, output: Path) -> None:
 def _figures(
     model: PreTrainedModel, batches: Mapping[str, Iterable[Mapping[str, Tensor]]], prefix: str
 ) -> dict[str, Any]:
-    from ..training import evaluate_classifier
+    from .evaluation import evaluate_classifier
 
     figures: dict[str, Any] = {}
     for name, part in batches.items():
