@@ -76,7 +76,7 @@ def test_a_run_that_cannot_be_calibrated_leaves_what_was_there(
     def out_of_reach(*_: object) -> float:
         raise ValueError("flops_speedup=1.1: skims to 1.00 at most")
 
-    monkeypatch.setattr("transkimmer.training.calibrate", out_of_reach)
+    monkeypatch.setattr(demo_command, "calibrate", out_of_reach)
     assert main(arguments) == 2
     assert "skims to 1.00 at most" in capsys.readouterr().err
     left = {path.name: path.read_text(encoding="utf-8") for path in demo.iterdir()}
@@ -128,7 +128,7 @@ def test_a_trial_run_that_has_not_learned_to_skim_is_kept_as_it_is(
     def refuse(*arguments: Any) -> float:
         raise ValueError("flops_speedup=2: held-out batches are skimmed to 1.00x at most")
 
-    monkeypatch.setattr("transkimmer.training.calibrate", refuse)
+    monkeypatch.setattr(demo_command, "calibrate", refuse)
     with pytest.warns(UserWarning, match="not calibrated: flops_speedup=2"):
         assert main([*arguments, "--limit", "30"]) == 0
     assert stored_figures(tmp_path / "demo")["calibration_shift"] is None

@@ -25,6 +25,8 @@ from ..demo.model import EMBEDDINGS, FIGURES, FOLDER, WEIGHTS, backbone_folder
 from ..skimming import CONFIG_KEY, skimming_of
 from ..tasks import TEXT_TASKS
 from ..tasks.reading import read_table
+from .calibration import calibrate
+from .evaluation import evaluate_classifier
 from .recipe import SETTINGS, Recipe
 
 RECIPE = Recipe(  # docs/training.md says how it was chosen
@@ -112,8 +114,6 @@ def _split(rows: list[Example], arguments: argparse.Namespace) -> tuple[list[Exa
 
 def _calibrate(model: PreTrainedModel, held_out: list[dict[str, Tensor]], recipe: Recipe) -> float | None:
     """The shift of the logits; None, with a warning, where a trial run has not learned to skim enough."""
-    from .calibration import calibrate
-
     try:
         return calibrate(model, held_out, recipe.flops_speedup)
     except ValueError as error:
@@ -148,8 +148,6 @@ def _put(stage: Path, output: Path) -> None:
 def _figures(
     model: PreTrainedModel, batches: Mapping[str, Iterable[Mapping[str, Tensor]]], prefix: str
 ) -> dict[str, Any]:
-    from .evaluation import evaluate_classifier
-
     figures: dict[str, Any] = {}
     for name, part in batches.items():
         result = evaluate_classifier(model, part)
