@@ -30,7 +30,8 @@ class SkimConfig:
             lambda weighs what the skim loss has above it. 0: all of it, as in the paper.
         decision: at inference, "threshold" keeps a token whose keep probability is at least `threshold`
             (0.5 is the argmax); "sample" draws, as the published code does.
-        threshold: keep probability from which a token is kept, strictly between 0 and 1.
+        threshold: keep probability from which a token is kept, strictly between 0 and 1; in draws the one at which a
+            token is kept as often as not.
         skim_attention: in training, "renormalized" puts the keep weight inside the softmax, so that training computes
             what removal computes; "published" multiplies the attention probabilities, as the published code does.
         pruned_training: also removes skimmed tokens in training, after the layer that skims them: the same values for

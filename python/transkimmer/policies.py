@@ -16,7 +16,8 @@ from transkimmer_kernels.runtime import PredictorWeights
 class PredictorPolicy:
     """Transkimmer: a token goes on where its predictor's logit reaches the threshold, or by a draw.
 
-    P(keep) under a draw is the sigmoid of the logit, whatever the temperature in training was.
+    P(keep) under a draw is the sigmoid of what the logit has above the threshold's, whatever the temperature in training
+    was: at threshold 0.5 the sigmoid of the logit.
     """
 
     def __init__(

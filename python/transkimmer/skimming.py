@@ -34,7 +34,7 @@ class Skimming:
     # A misspelt setting is an AttributeError, and not a new attribute.
     __slots__ = ("__weakref__", "_encoder", "_former_attention", "_forward", "predictors")
 
-    def __init__(self, encoder: SkimmingEncoder, former_attention: str, forward: GraphedForward) -> None:
+    def __init__(self, encoder: SkimmingEncoder, former_attention: tuple[str, str], forward: GraphedForward) -> None:
         self._encoder = encoder
         self._former_attention = former_attention
         self._forward = forward
@@ -244,11 +244,11 @@ def add_skimming(model: PreTrainedModel, config: SkimConfig | None = None, *, ke
     embeddings.__class__ = skimming_class(type(embeddings), SkimmingEmbeddings)
     embeddings.skim_encoder = (encoder,)
     forward = GraphedForward(model, encoder)
-    skimming = Skimming(encoder, model.config._attn_implementation, forward)
+    skimming = Skimming(encoder, tuple(c._attn_implementation for c in (model.config, base.config)), forward)
     model.skimming = skimming  # type: ignore[assignment]  # a plain attribute, no module
     model.forward = forward
     model._replicate_for_data_parallel = forward.replicate  # type: ignore[method-assign]
-    _set_attention(model, ATTENTION_NAME)
+    _set_attention(model, ATTENTION_NAME, ATTENTION_NAME)
     setattr(model.config, CONFIG_KEY, saved)
     # For `Trainer`: the heads' loss is a mean over their batch, whatever arguments their forward lets through.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
@@ -268,11 +268,11 @@ def _check_forwards(model: Any, encoder: nn.Module, embeddings: nn.Module) -> No
             )
 
 
-def _set_attention(model: Any, name: str) -> None:
-    """By itself, a model with another config than its base model reaches that one from transformers 5.20 on only."""
-    model.set_attn_implementation(name)
+def _set_attention(model: Any, outer: str, base: str) -> None:
+    """`base` counts for a base model with a config of its own, `outer` for everything else."""
+    model.set_attn_implementation(outer)
     if model.base_model.config is not model.config:
-        model.base_model.set_attn_implementation(name)
+        model.base_model.set_attn_implementation(base)
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -297,7 +297,7 @@ def remove_skimming(model: PreTrainedModel) -> PreTrainedModel:
     del embeddings.skim_encoder
     skimming._forward.release()
     del model.skimming, model.forward, model._replicate_for_data_parallel, model.accepts_loss_kwargs
-    _set_attention(model, skimming._former_attention)
+    _set_attention(model, *skimming._former_attention)
     _forget_mixed_precision(model)
     return model
 

@@ -211,7 +211,7 @@ def keep_attention(
 ) -> Tensor:
     """Attention of the queries [m, heads, head_dim] of `sequences` to keys and values [n, heads, head_dim].
 
-    keep: weights of the keys, fp32 [n] (fp64 with fp64 queries).
+    keep: weights of the keys, fp32 [n].
     """
     weight: Tensor | None = keep
     if config.skim_attention == "published":

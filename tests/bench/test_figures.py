@@ -17,6 +17,21 @@ DOCUMENTS = ("docs/benchmarks.md", "docs/design.md", "docs/gpu.md", "docs/paper.
 FIGURE = re.compile(
     r"(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<unit> %| points)?<!-- (?P<file>\S+\.json): (?P<keys>[^>]+?) -->"
 )
+# What running text measures: decimals, and numbers with a unit.
+MEASURED = re.compile(r"\d[\d,]*\.\d+|\d[\d,]*(?= ?(?:ms|µs|us|%|×|times|[GM]i?B)(?!\w))")
+# Code, comments, and whole lines: tables, headings, commands.
+NOT_TEXT = re.compile(r"`[^`]*`|<!--[\s\S]*?-->|^(?:\||#|    ).*$", re.MULTILINE)
+# In docs/gpu.md: versions, aims and sizes, which are not measured.
+CHOSEN = (
+    "torch 2.11",
+    "Triton 3.6",
+    "aim was 0.8",
+    "efficiency of 0.70",
+    "of 0.90 from",
+    "below 0.70",
+    "below 0.90",
+    "128 × 128",
+)
 
 
 def stored(file: Path, keys: str, percent: bool) -> float:
@@ -52,6 +67,15 @@ def wrong(text: str, root: Path) -> list[str]:
     return found
 
 
+def loose(text: str, chosen: tuple[str, ...] = ()) -> list[str]:
+    """Measured numbers of running text without a source; `chosen`: phrases whose numbers need none."""
+    text = NOT_TEXT.sub("", FIGURE.sub("", text))
+    for phrase in chosen:
+        assert phrase in text, f"not in the text any more: {phrase}"
+        text = text.replace(phrase, "")
+    return MEASURED.findall(text)
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_figures_are_the_stored_ones(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -70,3 +94,17 @@ def test_a_wrong_figure_is_found(tmp_path: Path) -> None:
     assert wrong("0.52<!-- a.json: rows/0/x -->", tmp_path) == ["0.52: a.json, rows/0/x is 0.514"]
     with pytest.raises(KeyError):
         wrong("0.52<!-- a.json: rows/0/z -->", tmp_path)
+
+
+def test_measured_numbers_of_the_gpu_page_have_sources() -> None:
+    assert loose((ROOT / "docs/gpu.md").read_text(encoding="utf-8"), CHOSEN) == []
+
+
+def test_a_number_without_a_source_is_found() -> None:
+    fine = "# 1.5 ms\n\n| 2 ms | 0.3 |\n\n    --minutes 2.5\n\n`x=0.1`, torch 2.11, "
+    fine += "4<!-- a.json: x --> ms, 5 %<!-- a.json: y --> of 64 rows <!-- 6 ms -->"
+    assert loose(fine, ("torch 2.11",)) == []
+    bad = "from 1<!-- a.json: x --> to 2 µs, 1,024 ms, 3 %, 0.5 of it, 4 × this, 16 GiB, 7 usable"
+    assert loose(bad) == ["2", "1,024", "3", "0.5", "4", "16"]
+    with pytest.raises(AssertionError, match="any more: torch"):
+        loose("", ("torch 2.11",))

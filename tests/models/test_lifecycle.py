@@ -139,8 +139,10 @@ def test_a_compiled_model_need_not_have_run_before() -> None:
 @pytest.mark.parametrize("record", [torch.jit.trace, torch.export.export])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
-def test_what_cannot_be_recorded_says_so(record: Callable[..., Any]) -> None:
-    model: Any = torch.nn.Sequential(add_skimming(tiny("bert", "sequence")))
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_cannot_be_recorded_says_so(whole: bool, record: Callable[..., Any]) -> None:
+    model: Any = add_skimming(tiny("bert", "sequence"))
+    model = model if whole else torch.nn.Sequential(model)
     with pytest.raises(RuntimeError, match=r"^model: torch\.export and torch\.jit\.trace cannot take a skimming model"):
         record(model, (padded_inputs()["input_ids"],))
 

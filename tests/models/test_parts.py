@@ -203,6 +203,7 @@ class Around(BertPreTrainedModel):
 def test_the_config_of_the_base_model_counts(kernels: str) -> None:
     torch.manual_seed(0)
     model = Around(config_of("bert")).eval()
+    model.bert.set_attn_implementation("eager")
     mask = padded_inputs()["attention_mask"].bool()
     expected = model(**padded_inputs()).last_hidden_state[mask]
     add_skimming(model, kernels=kernels)
@@ -210,6 +211,8 @@ def test_the_config_of_the_base_model_counts(kernels: str) -> None:
     model.bert.config.output_hidden_states = True
     with pytest.raises(ValueError, match="output_hidden_states"):
         model(**padded_inputs())
+    remove_skimming(model)
+    assert (model.config._attn_implementation, model.bert.config._attn_implementation) == ("sdpa", "eager")
 
 
 def test_cached_keys_and_causal_attention_are_refused() -> None:

@@ -145,8 +145,9 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
     """The mode's recipe for a task; options that are given and not None go before the mode's own.
 
     "paper" follows the paper's text, as far as it says anything: temperature 0.1, one learning rate, the paper's skim
-    weight, tokens removed at inference where argmax says so. "published" follows the published scripts and code, bugs
-    included: temperature 1, attention that is not renormalised, decisions drawn at inference.
+    weight, tokens removed at inference where argmax says so. "published" computes what the published code does:
+    temperature 1, attention that is not renormalised, decisions drawn at inference. docs/training.md says where its scripts
+    have other hyper-parameters.
     """
     if mode not in MODES:
         raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}")
