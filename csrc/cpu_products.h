@@ -72,19 +72,27 @@ inline Tensor plain_product(const Tensor& x, const Tensor& weight, const Optiona
 
 // ---- Weights in panels ----
 
-// A weight [out, in] in panels is a tensor [out, in, product_columns] of strides (1, product_columns, 0) over
-// the panels. So its sizes are those of the matrix, with a third dimension that every operator which takes a
-// matrix refuses. A copy of the storage (deepcopy) is as good as the original; a copy by element and a slice,
-// whose strides or storage do not fit, are refused here.
+// A weight [out, in] in panels is a tensor [out, in, form] of strides (1, product_columns, 0) over the
+// panels, where `form` is product_columns, or one more with paired rows. So its sizes are those of the
+// matrix, with a third dimension that tells layouts apart and that every operator which takes a matrix
+// refuses. A copy of the storage (deepcopy) is as good as the original; a copy by element and a slice, whose
+// strides or storage do not fit, are refused here.
 inline bool is_panelled(const Tensor& weight) { return weight.dim() == 3; }
 
+inline std::string describe_panels(int64_t columns, bool paired) {
+  return std::to_string(columns) + (paired ? " columns with paired rows" : " columns");
+}
+
 inline void check_panels(const Tensor& weight, const char* name) {
-  const int64_t columns = kernels().product_columns;
-  STD_TORCH_CHECK(weight.stride(0) == 1 && weight.stride(1) == weight.size(2) && weight.stride(2) == 0, name,
+  const int64_t columns = kernels().product_columns, given = weight.stride(1), pairs = weight.size(2) - given;
+  STD_TORCH_CHECK(weight.stride(0) == 1 && weight.stride(2) == 0 && (pairs == 0 || pairs == 1), name,
                   " of shape ", checks::shape_of(weight),
                   " is neither a matrix nor a weight packed for these kernels");
-  STD_TORCH_CHECK(weight.size(2) == columns, name, " is packed in panels of ", weight.size(2),
-                  " columns, for another instruction set; ", kernels().isa, " takes ", columns);
+  const bool paired =
+      kernels().product_paired[static_cast<int>(checks::check_float(weight, name))](weight.size(1));
+  STD_TORCH_CHECK(given == columns && pairs == paired, name, " is packed in panels of ",
+                  describe_panels(given, pairs == 1), ", for another instruction set; ", kernels().isa,
+                  " takes ", describe_panels(columns, paired));
   int64_t bytes, offset;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(weight.get(), &bytes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(weight.get(), &offset));
@@ -110,7 +118,8 @@ inline Tensor pack_panels(const Tensor& weight) {
                 [&](int64_t begin, int64_t end) {
                   kernels().pack_panels[dtype](weight.const_data_ptr(), out, in, begin, end, to);
                 });
-  const std::array<int64_t, 3> sizes{out, in, columns}, strides{1, columns, 0};
+  const std::array<int64_t, 3> sizes{out, in, columns + kernels().product_paired[dtype](in)};
+  const std::array<int64_t, 3> strides{1, columns, 0};
   AtenTensorHandle view = nullptr;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(packed.get(), 3, sizes.data(), strides.data(), 0, &view));

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> compact(const Tensor& keep, const Tensor& slots, cons
   const Sequences s = check_sequences(cu_seqlens, "cu_seqlens", slots.size(0));
   Tensor new_slots = torch::stable::new_empty(slots, slots.sizes());
   Tensor new_cu_seqlens = torch::stable::new_empty(cu_seqlens, cu_seqlens.sizes());
-  cpu::compact(static_cast<const bool*>(keep.const_data_ptr()),
+  cpu::compact(static_cast<const uint8_t*>(keep.const_data_ptr()),
                static_cast<const int32_t*>(slots.const_data_ptr()), s.offsets, s.batch, keep_first,
                static_cast<int32_t*>(new_slots.mutable_data_ptr()),
                static_cast<int32_t*>(new_cu_seqlens.mutable_data_ptr()));

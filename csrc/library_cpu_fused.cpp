@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> skim_tokens(const Tensor& hidden, const Tensor& slots
   Tensor new_slots = torch::stable::new_empty(slots, slots.sizes());
   Tensor new_cu_seqlens = torch::stable::new_empty(cu_seqlens, cu_seqlens.sizes());
   const Candidates candidates(index, s, keep_first);
-  std::vector<char> keep(s.count);
+  std::vector<uint8_t> keep(s.count);
   if (const auto count = static_cast<int64_t>(candidates.slots.size()); count > 0) {
     const Tensor x = cpu::layer_norm_listed(hidden, candidates.slots.data(), {norm1_weight, norm1_bias, eps},
                                             count, cpu::round_up_rows(count));
@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor> skim_tokens(const Tensor& hidden, const Tensor& slots
     // Not `>=`: a NaN stays.
     for (int64_t i = 0; i < count; ++i) keep[candidates.positions[i]] = !(logit[i] < threshold);
   }
-  static_assert(sizeof(bool) == sizeof(char));
-  cpu::compact(reinterpret_cast<const bool*>(keep.data()), index, s.offsets, s.batch, keep_first,
+  cpu::compact(keep.data(), index, s.offsets, s.batch, keep_first,
                static_cast<int32_t*>(new_slots.mutable_data_ptr()),
                static_cast<int32_t*>(new_cu_seqlens.mutable_data_ptr()));
   return {new_slots, new_cu_seqlens};

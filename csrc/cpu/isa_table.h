@@ -25,6 +25,7 @@ const Kernels table = {
     {norm_rows<float>, norm_rows<bf16>},
     {norm_gelu_dot<float>, norm_gelu_dot<bf16>},
     kProductColumns,
+    {is_paired<float>, is_paired<bf16>},
     {pack_panels<float>, pack_panels<bf16>},
     {product_scratch<float>, product_scratch<bf16>},
     {product<float>, product<bf16>},

@@ -351,7 +351,7 @@ void check_bf16() {
 }
 
 void check_rows() {
-  const bool keep[] = {false, true, true, false, false, true};
+  const uint8_t keep[] = {0, 1, 255, 0, 0, 2};
   const int32_t slots[] = {9, 4, 7, 1, 0, 3}, cu[] = {0, 3, 3, 6};
   int32_t new_slots[6], new_cu[4];
   cpu::compact(keep, slots, cu, 3, true, new_slots, new_cu);

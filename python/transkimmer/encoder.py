@@ -102,7 +102,7 @@ class SkimmingEncoder(nn.Module):
         Raises:
             RuntimeError: under torch.export or torch.jit.trace.
             ValueError: a mask or offsets that do not fit; states of every layer, cached keys or causal attention are
-                asked for.
+                asked for; another attention implementation was set.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
@@ -136,6 +136,11 @@ class SkimmingEncoder(nn.Module):
                 )
 
     def _enter(self, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Ragged:
+        if (name := self.skim_model_config._attn_implementation) != ATTENTION_NAME:
+            raise ValueError(
+                f"attn_implementation={name!r}: a skimming model attends by itself; after add_skimming it must stay "
+                f"{ATTENTION_NAME!r} (model.set_attn_implementation), or call remove_skimming first"
+            )
         kernels = kernel_set(self.skim_kernels, hidden.device.type)
         cu_seqlens, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
         if cu_seqlens is None and mask is None and hidden.size(0) == 1:
@@ -285,10 +290,15 @@ def _known_to_start_in_front(mask: Tensor) -> bool:
 
 
 def packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
-    """Offsets of sequences flattened into one row, where positions [1, tokens] start anew; None for a single one."""
+    """Offsets of sequences flattened into one row, where positions [1, tokens] start anew; None for a single one.
+
+    A position that repeats starts one only where it is the lowest: others may have been cut to what a model has.
+    """
     if position_ids is None or position_ids.size(0) != 1 or position_ids.size(1) < 2:
         return None
-    starts = (position_ids[0].diff() <= 0).nonzero().flatten() + 1
+    row = position_ids[0]
+    step = row.diff()
+    starts = ((step < 0) | ((step == 0) & (row[1:] == row.min()))).nonzero().flatten() + 1
     if starts.numel() == 0:
         return None
     ends = starts.new_tensor([position_ids.size(1)])

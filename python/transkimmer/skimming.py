@@ -66,7 +66,8 @@ class Skimming:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._encoder.skim_enabled = bool(value)
+        _check_switch("enabled", value)
+        self._encoder.skim_enabled = value
 
     @property
     def serves(self) -> dict[str, str]:
@@ -80,7 +81,8 @@ class Skimming:
 
     @first_token_only.setter
     def first_token_only(self, value: bool) -> None:
-        self._encoder.skim_first_token_only = bool(value)
+        _check_switch("first_token_only", value)
+        self._encoder.skim_first_token_only = value
 
     @property
     def cuda_graphs(self) -> str:
@@ -136,8 +138,7 @@ class Skimming:
 
     @graphed_training.setter
     def graphed_training(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"graphed_training={value!r}: must be True or False")
+        _check_switch("graphed_training", value)
         if value != self.graphed_training:
             self._encoder.skim_graphs = GraphedTraining() if value else None
 
@@ -172,6 +173,11 @@ class Skimming:
         that once was it, a fused optimizer's step, another `eps` of a LayerNorm.
         """
         self._encoder.skim_weights.clear()
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
 
 
 def _kernels_for(module: nn.Module, kernels: str) -> KernelSet:

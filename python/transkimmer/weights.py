@@ -222,13 +222,28 @@ def _prepare_layer(
 def _plain(module: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
     """The part of `module` at `path`; TypeError if calling it does more than PyTorch's own `kinds` do."""
     part, kind = get(module, path), kinds[0]
-    own = type(part).__bases__[0] if parametrize.is_parametrized(part) else type(part)
-    if own in kinds and not has_own_forward(part):
+    parametrized = parametrize.is_parametrized(part)
+    own = type(part).__bases__[0] if parametrized else type(part)
+    if own not in kinds:
+        name = type(part).__name__  # a quantised Linear is named like the plain one
+        what = f"a {type(part).__module__}.{name}" if name == kind.__name__ else f"a {name}"
+    elif has_own_forward(part):
+        what = f"a {type(part).__name__} with a forward of its own"
+    elif kind is not nn.Dropout and not parametrized and not _holds_its_parameters(part):
+        what = f"a {type(part).__name__} whose weight or bias a hook computes, as pruning and the old weight_norm do"
+    elif kind is nn.LayerNorm and (part.weight is None or part.bias is None):
+        what = "a LayerNorm without weight or bias"
+    else:
         return part
-    what = f"a {type(part).__name__}" + (" with a forward of its own" if own in kinds else "")
     raise TypeError(
-        f"model: {path} is {what}; skimming inference takes plain nn.{kind.__name__} layers (merge adapters first)"
+        f"model: {path} is {what}; skimming inference calls no modules and takes plain nn.{kind.__name__} layers (merge "
+        "adapters and make pruning permanent first; quantised layers are not supported)"
     )
+
+
+def _holds_its_parameters(part: nn.Module) -> bool:
+    # Those of a replica of `nn.DataParallel` are kept elsewhere.
+    return {"weight", "bias"} <= {*part._parameters, *vars(part).get("_former_parameters", ())}
 
 
 def is_exact_gelu(activation: object) -> bool:

@@ -11,6 +11,7 @@ from .tiny import (
     ARCHITECTURES,
     LAYERS,
     VOCABULARY,
+    no_dropout,
     padded_inputs,
     real_rows,
     relative_error,
@@ -101,6 +102,33 @@ def test_positions_that_start_anew_separate_the_sequences_of_a_row_only() -> Non
         with record_skimming() as records:
             model(**inputs, position_ids=places)
         assert records[0].lengths.tolist() == [6] * inputs["input_ids"].size(0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"),
+    [
+        ([0, 1, 2, 0, 0, 1], [3, 1, 2]),
+        ([4, 5, 0, 0, 1, 2], [2, 1, 3]),  # the first one is the end of a text
+        ([0, 1, 2, 3, 3, 3], [6]),  # cut to the positions that a model has
+    ],
+)
+@torch.no_grad()
+def test_where_packed_sequences_start(positions: list[int], lengths: list[int]) -> None:
+    model = add_skimming(tiny("bert"))
+    with record_skimming() as records:
+        model(torch.randint(5, 100, (1, 6)), position_ids=torch.tensor([positions]))
+    assert records[0].lengths.tolist() == lengths
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_padding_holds_its_embeddings(training: bool) -> None:
+    """In training as at inference, so that what a head makes of padding is the same."""
+    model = no_dropout(add_skimming(tiny("bert"))).train(training)
+    inputs = padded_inputs()
+    padding = ~inputs["attention_mask"].bool()
+    embeddings = model.embeddings(inputs["input_ids"])
+    torch.testing.assert_close(model(**inputs).last_hidden_state[padding], embeddings[padding])
 
 
 @torch.no_grad()

@@ -164,6 +164,25 @@ def test_kernels_can_be_switched_on_a_live_model() -> None:
     assert model.skimming.kernels == "reference"
 
 
+@pytest.mark.parametrize("name", ["enabled", "first_token_only", "graphed_training"])
+def test_a_switch_is_true_or_false(name: str) -> None:
+    skimming = add_skimming(tiny("bert")).skimming
+    with pytest.raises(ValueError, match=f"{name}='no': must be True or False"):
+        setattr(skimming, name, "no")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_another_attention_is_refused(implementation: str) -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    model.set_attn_implementation(implementation)
+    inputs = padded_inputs()
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):  # without padding it would not matter
+        with pytest.raises(ValueError, match=f"attn_implementation='{implementation}': .* must stay 'transkimmer'"):
+            model(**given)
+    model.set_attn_implementation("transkimmer")
+    model(**inputs)
+
+
 @pytest.mark.parametrize("name", ["graphed_trainig", "config", "threshold"])
 def test_what_is_no_setting_cannot_be_set(name: str) -> None:
     skimming = add_skimming(tiny("bert")).skimming

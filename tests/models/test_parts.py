@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 from transformers import AutoModelForSequenceClassification, BertModel, BertPreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer
 from transkimmer import SkimConfig, add_skimming, remove_skimming
@@ -77,6 +78,51 @@ def test_a_part_that_is_somebodys_own_is_refused(part: str) -> None:
     model = add_skimming(tiny("bert", "sequence")).eval()
     model.bert.encoder.layer[1].get_submodule(path).__class__ = kind
     with pytest.raises(TypeError, match=message):
+        model(**padded_inputs())
+
+
+def _prune(part: nn.Module, name: str) -> None:
+    prune.l1_unstructured(part, name, 0.5)
+
+
+# What torch.nn.utils has for a weight that a hook computes from others, before every call.
+HOOKED = {
+    "pruned weight": lambda part: _prune(part, "weight"),
+    "pruned bias": lambda part: _prune(part, "bias"),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", HOOKED)
+def test_weights_that_a_hook_computes_are_refused(change: str) -> None:
+    """Inference calls no modules, and would go on with what the last call of the module left."""
+    model = add_skimming(tiny("bert", "sequence"))
+    part = model.bert.encoder.layer[1].intermediate.dense
+    HOOKED[change](part)
+    model.train()(**padded_inputs(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    with torch.no_grad(), pytest.raises(TypeError, match="whose weight or bias a hook computes"):
+        model.eval()(**padded_inputs())
+    if change == "pruned weight":
+        prune.remove(part, "weight")
+        model(**padded_inputs())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantised_layers_are_refused() -> None:
+    model = torch.ao.quantization.quantize_dynamic(add_skimming(tiny("bert", "sequence")), {nn.Linear})
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"is a torch\..*quantized.*Linear.*quantised layers"),
+    ):
+        model(**padded_inputs())
+
+
+def test_a_norm_without_bias_is_refused() -> None:
+    model = add_skimming(tiny("bert", "sequence"))
+    model.bert.encoder.layer[1].output.LayerNorm = nn.LayerNorm(64, bias=False)
+    with torch.no_grad(), pytest.raises(TypeError, match="is a LayerNorm without weight or bias"):
         model(**padded_inputs())
 
 
@@ -181,6 +227,16 @@ def test_models_that_shared_a_config_keep_their_own_settings(architecture: str, 
     first.save_pretrained(tmp_path)
     assert type(first.config).from_pretrained(tmp_path).skimming["threshold"] == 0.7
     first.eval()(**padded_inputs())
+
+
+@every_architecture
+@torch.no_grad()
+def test_a_dense_model_of_a_skimming_models_config(architecture: str) -> None:
+    dense, inputs = tiny(architecture, "sequence"), padded_inputs()
+    expected = dense(**inputs).logits
+    other = type(dense)(add_skimming(tiny(architecture, "sequence")).config).eval()
+    other.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(other(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 class Around(BertPreTrainedModel):

@@ -99,6 +99,16 @@ def test_panels_of_another_instruction_set_are_refused() -> None:
         multiply(torch.randn(5, 24), foreign)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_whose_rows_are_paired_otherwise_are_refused(dtype: torch.dtype) -> None:
+    """AVX-512 with bf16 arithmetic and without it have panels of as many columns."""
+    packed = pack_weight(torch.randn(40, 24).to(dtype), "panels")
+    columns = packed.stride(1)
+    other = packed.as_strided((40, 24, 2 * columns + 1 - packed.size(2)), packed.stride())
+    with pytest.raises(RuntimeError, match="paired rows.*another instruction set|another instruction set.*paired rows"):
+        multiply(torch.randn(5, 24).to(dtype), other)
+
+
 def test_what_cannot_be_packed() -> None:
     assert pack_weight(torch.empty(0, 5)).shape == (0, 5)
     with pytest.raises(RuntimeError, match="must not be empty"):

@@ -95,7 +95,8 @@ struct Kernels {
   int64_t (*norm_scratch)(int64_t dim);
   void (*norm_rows[2])(const NormArgs&, int64_t begin, int64_t end, float* scratch);
   void (*norm_gelu_dot[2])(const GeluDotArgs&, int64_t begin, int64_t end, float* scratch);
-  int64_t product_columns;  // output columns per panel
+  int64_t product_columns;                // output columns per panel
+  bool (*product_paired[2])(int64_t in);  // whether a panel's rows lie in pairs
   void (*pack_panels[2])(const void* weight, int64_t out, int64_t in, int64_t begin, int64_t end,
                          void* panels);
   int64_t (*product_scratch[2])(const ProductArgs&);
@@ -110,9 +111,9 @@ struct Kernels {
 // something else, or an instruction set that this machine or this build does not have.
 const Kernels& kernels();
 
-// Stable removal of the entries that are not kept; returns nothing, writes new_slots[0, kept) and all of
-// new_cu_seqlens. The output may not overlap the inputs.
-void compact(const bool* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch,
+// Stable removal of the entries whose byte in `keep` is 0; returns nothing, writes new_slots[0, kept) and all
+// of new_cu_seqlens. The output may not overlap the inputs.
+void compact(const uint8_t* keep, const int32_t* slots, const int32_t* cu_seqlens, int64_t batch,
              bool keep_first, int32_t* new_slots, int32_t* new_cu_seqlens);
 
 // Row movement by index, `row_bytes` per row. scatter: inverse[r] is the source row of output row r, or -1
