@@ -6,7 +6,7 @@ Adding an architecture is adding a row; nothing else in the package knows a mode
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,6 +143,15 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
 def get(module: nn.Module, path: str) -> Any:
     """The part of `module` at a dotted path."""
     return functools.reduce(getattr, path.split("."), module)
+
+
+def has_foreign_hooks(tables: Iterable[Mapping[int, Any] | None]) -> bool:
+    """Whether one of these tables of hooks has any that is not Hugging Face's own.
+
+    Those stay on layers and their attention, idle, once states of every layer were asked for; skimming calls neither.
+    """
+    present = (hook for table in filter(None, tables) for hook in table.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in present)
 
 
 def has_own_forward(module: Any) -> bool:

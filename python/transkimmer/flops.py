@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,6 +123,14 @@ class EncoderShape:
         """
         predictor = self.predictor / (4 * self.hidden + 2 * self.ffn)  # over a layer, per token
         return max(0.0, (1 / speedup - predictor / self.layers) / (1 + predictor * (1 - 1 / self.layers)))
+
+    def most_flops_speedup(self, longest: int) -> float:
+        """What no data set of sequences of up to `longest` tokens exceeds: every layer works on the first token only.
+
+        A sequence of one token has nothing to skim. Of more tokens, the most gain most: the dense cost grows faster.
+        """
+        lengths, layer_lengths = torch.tensor([longest]), torch.ones(self.layers, 1, dtype=torch.int64)
+        return max(1.0, self.flops_speedup(lengths, layer_lengths))
 
     def padded_flops_speedup(self, lengths: Tensor, layer_lengths: Tensor, padded_length: int) -> float:
         """The same over a dense run on sequences padded to `padded_length` (the paper's "Sequence" column)."""

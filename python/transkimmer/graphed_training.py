@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transkimmer_kernels.ragged import first_of_each
 from transkimmer_kernels.runtime.graphs import ENGINES, Captured, Engine, Tensors
 
-from .architectures import HOOKS, get
+from .architectures import HOOKS, get, has_foreign_hooks
 from .training_forward import (
     LayerDecisions,
     PackedSequences,
@@ -193,7 +193,7 @@ class GraphedTraining:
         modules = [m for _, m in self._watch.modules]
         if not all(map(operator.attrgetter("training"), modules)):
             return "a part of the encoder is in eval mode"
-        if any(hooks for m in modules[1:] for hooks in map(vars(m).get, HOOKS)):
+        if has_foreign_hooks(hooks for m in modules[1:] for hooks in map(vars(m).get, HOOKS)):
             return "a part of the encoder has hooks, which a replay would not call"
         if any(p._backward_hooks for p in self._parameters):
             return "a parameter of the encoder has hooks, which a replay would not call"

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from transkimmer_kernels.runtime.graphs import ENGINES, GraphCache, Tensors, round_up
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, has_foreign_hooks
 from .encoder import SkimmingEncoder, offsets_of
 from .losses import with_skim_loss
 from .records import current_records
@@ -265,7 +265,7 @@ class GraphedForward:
             self._hooks = [hooks for m in self._modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         if any(map(operator.attrgetter("training"), self._modules)):
             return "a part of the model is in training mode"
-        if any(self._hooks):
+        if has_foreign_hooks(self._hooks):
             return "a part of the model has hooks, which a replay would not call"
         configs = (self._model.config, self._encoder.skim_model_config)
         if any(getattr(config, "return_dict", True) is False for config in configs):

@@ -35,7 +35,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], f
         What was added to the keep-minus-skim logits.
 
     Raises:
-        TypeError: `batches` is a single one.
+        TypeError: `batches` is a single one, or one of them is no dict.
         ValueError: `flops_speedup` is out of range, the model decides by draws or by a schedule, or the largest shift
             either way leads to less or to more than `flops_speedup`; it is then unchanged.
     """

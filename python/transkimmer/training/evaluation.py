@@ -159,5 +159,7 @@ def deciding(model: PreTrainedModel, decision: str) -> Iterator[None]:
 
 
 def inputs_of(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch without its labels, where the model lies."""
+    """A batch without its labels, where the model lies; TypeError where it is no dict."""
+    if not isinstance(batch, Mapping):  # a tuple above all, as a DataLoader of a TensorDataset yields it
+        raise TypeError(f"batches: must be dicts with input_ids and attention_mask, got {type(batch).__name__}")
     return {key: value.to(model.device) for key, value in batch.items() if key != "labels"}

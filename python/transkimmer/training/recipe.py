@@ -129,6 +129,16 @@ class Recipe:
         self._need("max_length", fits, f"at most {positions}, the positions that the model has")
         return min(self.max_length, positions)
 
+    def check_speedup(self, config: PreTrainedConfig) -> None:
+        """ValueError where a model with this configuration cannot reach `flops_speedup`, and the run is for that."""
+        if self.mode == "dense" or not (self.aim or self.calibration == "speedup"):
+            return
+        longest, width = self.longest(config), self.predictor_width or config.hidden_size
+        most = EncoderShape.of(config, width).most_flops_speedup(longest)
+        allowed = f"at most {math.floor(100 * most) / 100:.2f}, which predictors of --predictor-width {width} allow"
+        texts = f"where layers work on one of a text's {longest} tokens (--max-length)"
+        self._need("flops_speedup", self.flops_speedup <= most, f"{allowed} {texts}")
+
     @property
     def distils(self) -> bool:
         return self.distillation_weight > 0 or self.state_distillation_weight > 0

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -39,6 +41,18 @@ from .curves import follow, is_logged
 TEACHER_LOGITS, TEACHER_STATES = "teacher_logits", "teacher_states"
 # A logit as good as -inf, whose softmax is 0 and which leaves no NaN in a divergence.
 NOWHERE = -1e4
+
+_SHARE: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x <= 1, "lie between 0.0 and 1.0")
+_WEIGHT: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < math.inf, "lie between 0.0 and inf, and be finite")
+# Field of `SkimTrainingArguments` -> (what fits, what it must do).
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "predictor_learning_rate": _SHARE,
+    "skim_ramp": _SHARE,
+    "noise_decay": _SHARE,
+    "distillation_weight": _WEIGHT,
+    "state_distillation_weight": _WEIGHT,
+    "distillation_temperature": (lambda x: 0 < x < math.inf, "be > 0 and finite"),
+}
 
 
 @dataclass
@@ -69,18 +83,14 @@ class SkimTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low, high in (
-            ("predictor_learning_rate", 0.0, 1.0),
-            ("skim_ramp", 0.0, 1.0),
-            ("noise_decay", 0.0, 1.0),
-            ("distillation_weight", 0.0, float("inf")),
-            ("state_distillation_weight", 0.0, float("inf")),
-        ):
+        for name, (fits, allowed) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name}={value!r}: must lie between {low} and {high}")
-        if not self.distillation_temperature > 0:
-            raise ValueError(f"distillation_temperature={self.distillation_temperature!r}: must be > 0")
+            if not isinstance(value, Real) or isinstance(value, bool):
+                # `TrainingArguments` converts none of its own numbers either.
+                hint = " (YAML reads 1e-3 as a string, 1.0e-3 as a number)" if isinstance(value, str) else ""
+                raise TypeError(f"{name}={value!r}: must be a number and {allowed}, got {type(value).__name__}{hint}")
+            if not fits(float(value)):
+                raise ValueError(f"{name}={value!r}: must {allowed}")
 
 
 class PaddingCollator(DataCollatorWithPadding):
