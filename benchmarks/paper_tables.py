@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transkimmer.flops import EncoderShape
 
-from . import accuracy_results
-from .accuracy_plots import WANTED
-from .accuracy_results import Configuration, Row
-from .accuracy_tables import percent, times
+from .accuracy import results as accuracy_results
+from .accuracy.plots import WANTED
+from .accuracy.results import Configuration, Row
+from .accuracy.tables import percent, times
 from .markdown import NOTHING, head, line
 
 PAPER = Path(__file__).with_name("paper.json")

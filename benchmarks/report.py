@@ -4,9 +4,8 @@
 
 Two kinds of results: single runs of `transkimmer bench` in files named after them, which have tables of their own here,
 and the dated files that `bench model`, `bench training` and `profile` add to with `--results` (`runs.py`,
-`model_tables.py`, `plots.py`). Accuracy is a table of its own, `accuracy.csv` (`accuracy_results.py`,
-`accuracy_tables.py`, `accuracy_plots.py`), and stands beside the paper's figures (`paper_tables.py`). Checking needs no
-matplotlib: a plot holds the hash of what it shows.
+`model_tables.py`, `plots.py`). Accuracy is a table of its own, `accuracy.csv` (`accuracy/`), and stands beside the
+paper's figures (`paper_tables.py`). Checking needs no matplotlib: a plot holds the hash of what it shows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ from typing import Any
 
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING
 
-from . import accuracy_plots, accuracy_results, accuracy_tables, model_tables, paper_tables, plots, runs
+from . import model_tables, paper_tables, plots, runs
+from .accuracy import plots as accuracy_plots
+from .accuracy import results as accuracy_results
+from .accuracy import tables as accuracy_tables
 from .markdown import NOTHING, between, head, line
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from transkimmer_kernels.runtime import PredictorWeights
 class PredictorPolicy:
     """Transkimmer: a token goes on where its predictor's logit reaches the threshold, or by a draw.
 
-    P(keep) under a draw is the sigmoid of what the logit has above the threshold's, whatever the temperature in training
-    was: at threshold 0.5 the sigmoid of the logit.
+    P(keep) under a draw is the sigmoid of what the logit has above the threshold's (at 0.5: of the logit), whatever the
+    temperature in training was.
     """
 
     def __init__(

@@ -236,8 +236,8 @@ def _plain(module: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
     else:
         return part
     raise TypeError(
-        f"model: {path} is {what}; skimming inference calls no modules and takes plain nn.{kind.__name__} layers (merge "
-        "adapters and make pruning permanent first; quantised layers are not supported)"
+        f"model: {path} is {what}; skimming inference calls no modules and takes plain nn.{kind.__name__} layers "
+        "(merge adapters and make pruning permanent first; quantised layers are not supported)"
     )
 
 

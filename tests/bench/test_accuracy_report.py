@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy_plots, accuracy_results, accuracy_tables, paper_tables, report
+from benchmarks import paper_tables, report
+from benchmarks.accuracy import plots as accuracy_plots
+from benchmarks.accuracy import results as accuracy_results
+from benchmarks.accuracy import tables as accuracy_tables
 
 COLUMNS = (
     *("date", "commit", "device", "task", "backbone", "mode", "seed", "skim_weight", "pruned", "bf16", "decision"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import accuracy_results, paper_tables
+from benchmarks import paper_tables
+from benchmarks.accuracy import results as accuracy_results
 
 from .test_accuracy_report import ROWS, row
 

@@ -105,7 +105,9 @@ def test_panels_whose_rows_are_paired_otherwise_are_refused(dtype: torch.dtype) 
     packed = pack_weight(torch.randn(40, 24).to(dtype), "panels")
     columns = packed.stride(1)
     other = packed.as_strided((40, 24, 2 * columns + 1 - packed.size(2)), packed.stride())
-    with pytest.raises(RuntimeError, match="paired rows.*another instruction set|another instruction set.*paired rows"):
+    with pytest.raises(
+        RuntimeError, match=r"paired rows.*another instruction set|another instruction set.*paired rows"
+    ):
         multiply(torch.randn(5, 24).to(dtype), other)
 
 

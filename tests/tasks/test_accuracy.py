@@ -12,7 +12,9 @@ import torch
 from transkimmer.training import SteadyTrainer
 from transkimmer.training.recipe import Recipe
 
-from benchmarks import accuracy, accuracy_rows, accuracy_trials
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import stored, training, trials
+from benchmarks.accuracy.options import setting
 
 from ..models.tiny import tiny
 from ..models.words import word_tokenizer
@@ -33,7 +35,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             text = " ".join(words.choices(["dog", "cat", "runs", "sleeps", "un"], k=words.randint(2, 9)))
             rows.append(f"{number}\t{text}\t" + ("happy\tentailment" if number % 2 else "sad\tnot_entailment"))
         (tmp_path / "data/RTE" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    monkeypatch.setattr(accuracy, "size_settings", lambda backbone, mode, task: QUICK)
+    monkeypatch.setattr(training, "size_settings", lambda backbone, mode, task: QUICK)
     places = {"--data": "data", "--backbone": "tiny", "--results": "accuracy.csv", "--work": "work"}
     named = [part for option, place in places.items() for part in (option, str(tmp_path / place))]
     return [*named, "--tasks", "rte", "--seeds", "1", "--speedups", "1", "99"]
@@ -48,7 +50,7 @@ def test_every_training_gives_its_rows_and_leaves_nothing_else(
     assert capsys.readouterr().out.splitlines() == [*(f"tiny/rte/{name}: ? s" for name in names), total]
     accuracy.main([*arguments, "--modes", "dense", "corrected"])
     assert "skims to" in capsys.readouterr().err  # a speedup of 99 is out of reach
-    rows = accuracy_rows.read(tmp_path / "accuracy.csv")
+    rows = stored.read(tmp_path / "accuracy.csv")
     found = [(row["mode"], row["decision"], row["calibrated_to"]) for row in rows]
     assert found == [
         ("dense", "", ""),
@@ -101,12 +103,12 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
     arguments += ["pruned_training=true"]
     with pytest.raises(_Killed):
         accuracy.main(arguments)
-    assert [row["mode"] for row in accuracy_rows.read(tmp_path / "accuracy.csv")] == ["dense"]
+    assert [row["mode"] for row in stored.read(tmp_path / "accuracy.csv")] == ["dense"]
     first = len(steps)
     accuracy.main(arguments)
     # 36 rows, batches of 8, 2 epochs: 10 steps, a checkpoint after every second.
     assert steps[first:] == [("skimming", number) for number in range(4, 10)]
-    rows = accuracy_rows.read(tmp_path / "accuracy.csv")
+    rows = stored.read(tmp_path / "accuracy.csv")
     training = {(row["mode"], row["skim_weight"], row["pruned"]) for row in rows[1:]}
     assert training == {("corrected temperature=0.5", "3", "True")}
     assert [path.name for path in (tmp_path / "work/tiny/rte").glob("corrected*")] == [
@@ -115,7 +117,7 @@ def test_an_interrupted_training_goes_on_and_is_timed_later(
     # Trained in two parts, it has no time of its own.
     assert all(row["wall_clock_speedup"] == row["seconds_train"] == "" for row in rows[1:])
     accuracy.main([*arguments, "--time", "--repeats", "1"])
-    timed = accuracy_rows.read(tmp_path / "accuracy.csv")
+    timed = stored.read(tmp_path / "accuracy.csv")
     assert [float(row["wall_clock_speedup"]) > 0 for row in timed if row["decision"] in ("argmax", "threshold")] == [
         True
     ] * 2
@@ -126,7 +128,7 @@ def test_the_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "accuracy.csv"
     row = {"task": "rte", "backbone": "tiny", "mode": "dense", "seed": 1, "skim_weight": None, "pruned": None}
     point = {**row, "decision": None, "calibrated_to": None, "value": 1 / 3, "tokens_kept": [1.0, 0.12345]}
-    accuracy_rows.add(path, [point])
+    stored.add(path, [point])
     before = path.read_bytes()
 
     def full(*names: object) -> None:
@@ -135,18 +137,18 @@ def test_the_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr("transkimmer_kernels.files.os.replace", full)
         with pytest.raises(OSError, match="no space"):
-            accuracy_rows.add(path, [{**point, "seed": 2}])
+            stored.add(path, [{**point, "seed": 2}])
     assert path.read_bytes() == before
-    accuracy_rows.add(path, [{**point, "value": 0.5}, {**point, "seed": 2}])
-    first, second = accuracy_rows.read(path)
+    stored.add(path, [{**point, "value": 0.5}, {**point, "seed": 2}])
+    first, second = stored.read(path)
     assert (first["value"], second["value"], second["tokens_kept"]) == ("0.5", "0.333333", "[1.0, 0.1235]")
     path.write_text(path.read_text(encoding="utf-8") + "half a row,\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 4: has 2 values, must have 25"):
-        accuracy_rows.read(path)
+        stored.read(path)
 
 
 def test_settings_must_be_a_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(accuracy.setting("skim_weight=2")[1], int) and "skim_weight" in Recipe.__dataclass_fields__
+    assert isinstance(setting("skim_weight=2")[1], int) and "skim_weight" in Recipe.__dataclass_fields__
     with pytest.raises(SystemExit):
         accuracy.parse(["--data", ".", "--set", "skim_wait=2"])
     assert "skim_wait is no setting of a recipe" in capsys.readouterr().err
@@ -158,9 +160,9 @@ def test_a_trial_looks_at_held_out_rows_only(
     accuracy.main([*arguments, "--modes", "dense", "--keep"])
     dense = tmp_path / "work/tiny/rte/dense-seed1/model"
     splits: list[str] = []
-    load = accuracy_trials.load_split
+    load = trials.load_split
     monkeypatch.setattr(
-        accuracy_trials, "load_split", lambda task, split, data: (splits.append(split), load(task, split, data))[1]
+        trials, "load_split", lambda task, split, data: (splits.append(split), load(task, split, data))[1]
     )
     results = tmp_path / "trials.csv"
     trial = ["--task", "rte", "--data", arguments[1], "--dense", str(dense), "--results", str(results)]
@@ -176,13 +178,13 @@ def test_a_trial_looks_at_held_out_rows_only(
         "1",
     ]
     for _ in range(2):
-        accuracy_trials.main(trial)
+        trials.main(trial)
     assert splits == ["train"] * 2 and not list((tmp_path / "trials").rglob("*.safetensors"))
     with results.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["decision"] for row in rows] == ["sample", "argmax", "threshold"] * 2
     (held_out,) = {row["dense"] for row in rows}
-    (row,) = accuracy_rows.read(tmp_path / "accuracy.csv")
+    (row,) = stored.read(tmp_path / "accuracy.csv")
     assert float(held_out) == pytest.approx(float(row["held_out_value"]), rel=1e-5)
     assert json.loads(rows[0]["settings"]) == {"aim": True, "batch_size": 8, "bias_init": 1, "epochs": 1}
     assert [row["value"] for row in rows[:3]] == [row["value"] for row in rows[3:]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import accuracy_results
-from .accuracy_results import DENSE, Configuration
-from .plots import Figure
+from ..plots import Figure
+from . import results
+from .results import DENSE, Configuration
 
 WANTED = 2.0  # FLOPs speedup at which tasks are compared layer by layer
 _COLOURS = ("#3182bd", "#e6550d", "#31a354", "#756bb1", "#c51b8a", "#8c6d31", "#636363", "#17becf")
@@ -15,9 +15,9 @@ _MODES = {"corrected": _COLOURS[0], "published": _COLOURS[1], "paper": _COLOURS[
 _MARKERS = {"threshold": "o", "argmax": "s", "sample": "^"}
 
 
-def figures(rows: Sequence[accuracy_results.Row]) -> list[Figure]:
+def figures(rows: Sequence[results.Row]) -> list[Figure]:
     """What the rows suffice for."""
-    found = accuracy_results.configurations(rows)
+    found = results.configurations(rows)
     drawn = []
     for name, title, data, paint in (
         ("trade-off", "Accuracy against FLOPs speedup", trade_offs(found), paint_trade_off),
@@ -31,7 +31,7 @@ def figures(rows: Sequence[accuracy_results.Row]) -> list[Figure]:
 def trade_offs(found: Sequence[Configuration]) -> list[dict[str, Any]]:
     """A panel per task, backbone and metric: the dense fine-tune, and a point per configuration that skims."""
     panels = []
-    for (task, backbone, metric), group in accuracy_results.panels(found).items():
+    for (task, backbone, metric), group in results.panels(found).items():
         points = [
             {
                 "training": configuration.training,
@@ -44,7 +44,7 @@ def trade_offs(found: Sequence[Configuration]) -> list[dict[str, Any]]:
             if configuration.mode != DENSE
         ]
         if points:
-            dense = accuracy_results.dense(group)
+            dense = results.dense(group)
             title = f"{task}, {backbone}"
             panels.append(
                 {"title": title, "metric": metric, "dense": None if dense is None else dense.data(), "points": points}

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from transkimmer_kernels.files import write_whole
 
-from .accuracy_results import place
+from .results import place
 
 # date, commit, device; the training: task to pruned; the point of its curve: decision, calibrated_to; bf16: whether it
 # was trained in autocast; metric: its name; dense: that metric of the dense fine-tune on the development rows; value,

@@ -1,6 +1,6 @@
 """Trials of skimming recipes that look at held-out training rows only: what settings were chosen by.
 
-    python -m benchmarks.accuracy_trials --data DATA --task stsb --dense FOLDER --set aim=true skim_weight=4 [--seed 1]
+    python -m benchmarks.accuracy.trials --data DATA --task stsb --dense FOLDER --set aim=true skim_weight=4 [--seed 1]
 
 Starts from a dense fine-tune that `benchmarks.accuracy --keep` has left, and adds the points of one skimming training
 to `accuracy-trials.csv`: decided by draws, by argmax, and with the threshold calibrated to every one of `--speedups`.
@@ -33,8 +33,8 @@ from transkimmer.training.run import Run, hold_out
 
 from transkimmer_kernels.files import write_whole
 
-from .accuracy import ROOT, WORK, setting, speedup
-from .accuracy_curve import calibrated
+from .curve import calibrated
+from .options import ROOT, WORK, setting, speedup
 
 RESULTS = ROOT / "benchmarks/results/accuracy-trials.csv"
 # settings: JSON, of the recipe, besides those of mode corrected; value, dense: of the trained model and of the dense
@@ -83,7 +83,7 @@ def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("benchmarks.accuracy_trials", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("benchmarks.accuracy.trials", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task")
     parser.add_argument("--task", required=True, choices=sorted(TEXT_TASKS), metavar="TASK")
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense fine-tune to start from")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .markdown import NOTHING
+from ..markdown import NOTHING
 
 NAME, TRIALS = "accuracy.csv", "accuracy-trials.csv"
 DENSE = "dense"
@@ -92,7 +92,7 @@ def read(path: Path) -> list[Row]:
 
 
 def read_trials(path: Path) -> list[dict[str, str]]:
-    """Rows of `accuracy_trials.py` as they stand; none where there is no file."""
+    """Rows of `trials.py` as they stand; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:

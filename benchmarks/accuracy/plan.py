@@ -7,14 +7,11 @@ import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transkimmer.tasks import TEXT_TASKS, load_split
 
-from .accuracy_rows import Row
-
-if TYPE_CHECKING:
-    from .accuracy import Training
+from .stored import Row
+from .training import Training
 
 
 def estimates(trainings: Sequence[Training], rows: Sequence[Row], data: Path | None) -> list[float | None]:

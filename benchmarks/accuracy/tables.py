@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from . import accuracy_plots, accuracy_results
-from .accuracy_results import Configuration, Mean
-from .markdown import NOTHING, head, line
+from ..markdown import NOTHING, head, line
+from . import plots, results
+from .results import Configuration, Mean
 
 UNMEASURED = "Not measured yet: there is no row in `benchmarks/results/accuracy.csv`."
 _HEADS = ("training", "λ", "decision", "dev", "− dense", "held out", "FLOPs ×", "padded ×", "tokens kept")
@@ -23,7 +23,7 @@ _FORWARD_HEADS = (
 )
 
 
-def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] = ()) -> str:
+def page(rows: Sequence[results.Row], trials: Sequence[dict[str, str]] = ()) -> str:
     parts = [
         "# Accuracy on real tasks",
         "",
@@ -48,19 +48,19 @@ def page(rows: Sequence[accuracy_results.Row], trials: Sequence[dict[str, str]] 
         "every seed either.",
         "",
     ]
-    for figure in accuracy_plots.figures(rows):
+    for figure in plots.figures(rows):
         parts += [f"![{figure.title}](plots/{figure.path.name})", ""]
-    found = accuracy_results.configurations(rows)
-    for (task, backbone, metric), group in accuracy_results.panels(found).items():
+    found = results.configurations(rows)
+    for (task, backbone, metric), group in results.panels(found).items():
         parts += [f"## {task}, {backbone}: {metric}", "", *lines(group), "", *forward_lines(group), _where(group), ""]
     return "\n".join([*parts, *trial_lines(trials)]).rstrip() + "\n"
 
 
-def summary(rows: Sequence[accuracy_results.Row]) -> str:
-    """The README's table: `corrected` at the FLOPs speedup of `accuracy_plots.WANTED`, wherever it was trained."""
-    wanted = accuracy_plots.WANTED
+def summary(rows: Sequence[results.Row]) -> str:
+    """The README's table: `corrected` at the FLOPs speedup of `plots.WANTED`, wherever it was trained."""
+    wanted = plots.WANTED
     table = head(("backbone", "task", "training", "dense", f"at FLOPs × {wanted:g}", "− dense", *_HEADS[-3:]))
-    for found in sorted(accuracy_results.configurations(rows), key=lambda one: (one.backbone, one.task)):
+    for found in sorted(results.configurations(rows), key=lambda one: (one.backbone, one.task)):
         if (found.mode, found.calibrated_to) == ("corrected", wanted):
             cells = [found.backbone, f"{found.task} ({found.metric})", found.training]
             cells += [percent(found.mean("dense")), percent(found.mean("value")), points(over_dense(found))]
@@ -90,7 +90,7 @@ def trial_lines(trials: Sequence[dict[str, str]]) -> list[str]:
         "",
         "What settings were chosen by: trainings in mode `corrected` from one dense fine-tune, with these settings",
         "instead of the mode's, judged on held-out training rows; the development rows were not read",
-        "(`python -m benchmarks.accuracy_trials`, `benchmarks/results/accuracy-trials.csv`). One seed each: on some",
+        "(`python -m benchmarks.accuracy.trials`, `benchmarks/results/accuracy-trials.csv`). One seed each: on some",
         "hundred rows, a difference of a point is noise.",
         "",
         *listed,
@@ -147,7 +147,7 @@ def _weight(found: Configuration) -> str:
 
 def over_dense(found: Configuration) -> Mean | None:
     """value - dense, seed by seed; None for the dense fine-tune itself."""
-    if found.mode == accuracy_results.DENSE:
+    if found.mode == results.DENSE:
         return None
     return Mean.of(None if row["dense"] is None else row["value"] - row["dense"] for row in found.rows)
 
