@@ -162,7 +162,7 @@ def encoder_layer(c: Case) -> Pair:
         name: (c.kernels.pack_weight(c.normal(*size) * 0.02), c.normal(size[0])) for name, size in sizes.items()
     }
     qkv, out, ffn_in, ffn_out = matrices.values()
-    layer = (*qkv, None, None, *out, *c.norm, 1e-12, *ffn_in, *ffn_out, *c.norm, 1e-12, "gelu")
+    layer: tuple[Any, ...] = (*qkv, None, None, *out, *c.norm, 1e-12, *ffn_in, *ffn_out, *c.norm, 1e-12, "gelu")
     state = (c.hidden, c.slots, c.cu_seqlens, int(c.lengths.max()), HEADS)
     return lambda: c.kernels.encoder_layer_(*state, *layer), lambda: compose_layer_(c.kernels, *state, *layer)
 

@@ -10,6 +10,7 @@ another layer, as in a model, so that they come from memory and not from a cache
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +60,7 @@ def products(rows: int, dtype: torch.dtype, sets: int) -> dict[str, Callable[[],
 
     found = {"panels": field(lambda weight: pack_weight(weight, "panels"), panels)}
     for hint in HINTS if can_pack(dtype) else ():
-        found[f"packed for {hint} rows"] = field(
-            lambda weight, hint=hint: ops._reorder_linear_weight(weight, hint), onednn
-        )
+        found[f"packed for {hint} rows"] = field(functools.partial(ops._reorder_linear_weight, batch_size=hint), onednn)
     return found | {"F.linear": field(lambda weight: weight, F.linear)}
 
 

@@ -16,7 +16,7 @@ from .runs import Device, Row, Workload, short_name
 FOLDER = Path("docs/plots")
 _COLOURS = {"fp32": "#3182bd", "bf16": "#e6550d"}
 _MARKERS = "osD^v<>P"
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "transkimmer",  # else every drawing has other identifiers
     "svg.fonttype": "none",
     "font.size": 9,

@@ -190,7 +190,7 @@ def configurations(rows: Sequence[Row]) -> list[Configuration]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for (*key, _), row in newest.items():
         groups.setdefault(tuple(key), []).append(row)
-    found = [Configuration(*key, tuple(sorted(group, key=lambda row: row["seed"]))) for key, group in groups.items()]
+    found = [Configuration(*(*key, tuple(sorted(group, key=lambda row: row["seed"])))) for key, group in groups.items()]
     return sorted(found, key=_order)
 
 

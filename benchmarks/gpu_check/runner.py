@@ -41,7 +41,8 @@ def check(out: Path, minutes: float, only: list[str] | None = None) -> dict[str,
     names = [first.name, *(step.name for step in todo)]
     if unknown := set(only or ()) - set(names):
         raise UnknownStep(f"no step {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    facts, results, figures = machine.facts(environment), [first], []
+    facts, results = machine.facts(environment), [first]
+    figures: list[Any] = []
 
     def write() -> dict[str, Any]:
         ordered = sorted(results, key=lambda result: names.index(result.name))

@@ -82,8 +82,12 @@ def _never(kwargs: Kwargs) -> Call:
     raise AssertionError("an absent contender was prepared")
 
 
+def _ours(name: str) -> Callable[[tuple[int, ...]], Contender]:
+    return lambda lengths: backend("ragged_attention", name)
+
+
 CONTENDERS: dict[str, Callable[[tuple[int, ...]], Contender]] = {
-    **{name: lambda lengths, name=name: backend("ragged_attention", name) for name in OURS},
+    **{name: _ours(name) for name in OURS},
     "varlen_attn": varlen,
     "sdpa_padded": padded_sdpa,
 }

@@ -20,7 +20,8 @@ KEPT = 0.8
 
 @functools.cache
 def problem() -> Problem:
-    lengths, missing = [], COMPACT_TOKENS
+    lengths: list[int] = []
+    missing = COMPACT_TOKENS
     while missing:
         real = known_lengths()["mrpc"]
         lengths.append(min(real[len(lengths) % len(real)], missing))

@@ -26,8 +26,8 @@ def compact(*, keep: Tensor, slots: Tensor, cu_seqlens: Tensor, keep_first: bool
     for begin, end in itertools.pairwise(bounds):
         kept += [int(slots[i]) for i in range(begin, end) if bool(keep[i]) or (keep_first and i == begin)]
         ends.append(len(kept))
-    as_int32 = {"dtype": torch.int32, "device": slots.device}
-    return torch.tensor(kept, **as_int32), torch.tensor(ends, **as_int32)
+    new_slots, new_cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=slots.device) for x in (kept, ends))
+    return new_slots, new_cu_seqlens
 
 
 def gather_rows(*, x: Tensor, slots: Tensor, cu_seqlens: Tensor) -> Outputs:
