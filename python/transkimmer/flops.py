@@ -124,13 +124,12 @@ class EncoderShape:
         predictor = self.predictor / (4 * self.hidden + 2 * self.ffn)  # over a layer, per token
         return max(0.0, (1 / speedup - predictor / self.layers) / (1 + predictor * (1 - 1 / self.layers)))
 
-    def most_flops_speedup(self, longest: int) -> float:
-        """What no data set of sequences of up to `longest` tokens exceeds: every layer works on the first token only.
+    def most_flops_speedup(self, lengths: Tensor) -> float:
+        """`flops_speedup` where every layer works on the first token only: no decisions lead to more.
 
-        A sequence of one token has nothing to skim. Of more tokens, the most gain most: the dense cost grows faster.
+        No lengths up to some n lead to more than n alone, or than 1, where the predictors cost more than they save.
         """
-        lengths, layer_lengths = torch.tensor([longest]), torch.ones(self.layers, 1, dtype=torch.int64)
-        return max(1.0, self.flops_speedup(lengths, layer_lengths))
+        return self.flops_speedup(lengths, torch.ones(self.layers, lengths.numel(), dtype=torch.int64))
 
     def padded_flops_speedup(self, lengths: Tensor, layer_lengths: Tensor, padded_length: int) -> float:
         """The same over a dense run on sequences padded to `padded_length` (the paper's "Sequence" column)."""

@@ -179,7 +179,7 @@ def test_figures(subject: peers.Subject, dtype: str) -> None:
         PADDED: shape.dense_flops(padded),
         PLAIN: shape.dense_flops(lengths),
         KEEP_ALL: shape.dense_flops(lengths, first_token_only=True),
-        SKIMMING: shape.skimming_flops(lengths, layers, first_token_only=True),
+        SKIMMING: shape.as_executed().skimming_flops(lengths, layers, first_token_only=True),
     }
     for name, flops in executed.items():
         row = rows[name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -97,3 +99,24 @@ def test_replicas_are_put_together_by_device() -> None:
     assert [part.device.index for part in in_order(parts)] == [0, 1, 2]
     one: list[Any] = [SimpleNamespace(device=torch.device("cpu"))]
     assert in_order(one) == one
+
+
+NUMBERS = ("predictor_learning_rate", "skim_ramp", "noise_decay", "distillation_weight", "state_distillation_weight")
+NUMBERS += ("distillation_temperature",)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_are_none_are_named(tmp_path: Path, name: str) -> None:
+    """YAML reads 1e-3 as a string; Hugging Face converts none of its own, and neither do we."""
+    assert arguments(TrainingArguments, tmp_path, learning_rate="1e-3").learning_rate == "1e-3"
+    must = r"must be a number and (lie between|be > 0)"
+    for value in ("1e-3", "much", None, True, [0.5]):
+        hint = r" \(YAML reads 1e-3 as a string, 1\.0e-3 as a number\)" if isinstance(value, str) else ""
+        wanted = rf"^{name}={re.escape(repr(value))}: {must}.*, got {type(value).__name__}{hint}$"
+        with pytest.raises(TypeError, match=wanted):
+            arguments(SkimTrainingArguments, tmp_path, **{name: value})
+    for value in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^{name}={value}: must (lie between|be > 0)"):
+            arguments(SkimTrainingArguments, tmp_path, **{name: value})
+    for number in (1, 0.5, np.float32(0.5)):
+        assert getattr(arguments(SkimTrainingArguments, tmp_path, **{name: number}), name) == number

@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transkimmer import SkimConfig, add_skimming, record_skimming
 from transkimmer.predictor import KEEP
-from transkimmer.training import SkimTrainer, SkimTrainingArguments, calibrate, evaluate_classifier
+from transkimmer.training import (
+    SkimTrainer,
+    SkimTrainingArguments,
+    calibrate,
+    evaluate,
+    evaluate_classifier,
+    training_forward_difference,
+)
 from transkimmer.training.trainer import TEACHER_LOGITS, distillation_loss
 
 from ..target import Recorder
@@ -258,6 +265,14 @@ def test_calibration_refuses_what_it_cannot_aim_at() -> None:
             calibrate(model, [batch], wanted)
     with pytest.raises(TypeError, match=r"^batches: must be several of them"):
         calibrate(model, batch, 1.5)
+    named = r"^batches: must be dicts with input_ids and attention_mask, got "
+    for kind, wrong in (("tuple", tuple(batch.values())), ("list", [batch]), ("Tensor", batch["input_ids"])):
+        with pytest.raises(TypeError, match=named + kind):
+            calibrate(model, [batch, wrong], 1.5)
+        for evaluation in (evaluate, evaluate_classifier, training_forward_difference):
+            with pytest.raises(TypeError, match=named + kind):
+                evaluation(model, [batch, wrong])
+    assert model.skimming.config.threshold == 0.5 and not model.training
     wanted = evaluate_classifier(model, [batch]).flops_speedup * 1.1
     assert calibrate(copy.deepcopy(model), iter([batch]), wanted) == calibrate(model, [batch], wanted) < 0
     for predictor in model.skimming.predictors:

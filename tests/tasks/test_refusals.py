@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 from transkimmer import add_skimming
 from transkimmer.cli import main
+from transkimmer.flops import EncoderShape
 from transkimmer.tasks import TASKS
 from transkimmer.training.kinds import kind_of
 from transkimmer.training.output import WRITTEN, prepare_output
@@ -57,6 +62,98 @@ def test_options_that_would_not_be_read(
     assert main(command(data, tmp_path / "run", *words)) == 2
     assert message.replace("HERE", str(backbone)) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# Speedups that no skimming reaches
+
+
+def reach(config: PreTrainedConfig, width: int, longest: int) -> float:
+    """FLOPs of a dense text of `longest` tokens over those of one token per layer and of the predictors, by hand."""
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    layer = {n: n * (4 * d * d + 2 * d * f) + 2 * n * n * d for n in (1, longest)}
+    return layers * layer[longest] / (layers * layer[1] + (longest - 1) * (d * width + 2 * width))
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "longest"),
+    [
+        ("", 64, 80),
+        ("--predictor-width 8", 8, 80),
+        ("--max-length 16", 64, 16),
+        ("--calibration none", 64, 80),
+        ("--no-aim", 64, 80),
+        ("--mode paper", 64, 80),
+        ("--mode published", 64, 80),
+    ],
+)
+def test_a_speedup_out_of_reach(
+    options: str,
+    width: int,
+    longest: int,
+    tmp_path: Path,
+    backbone: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before rows are read and a folder is made; what can just be reached is not."""
+    most = math.floor(100 * reach(AutoConfig.from_pretrained(backbone), width, longest)) / 100
+    given = command(data, tmp_path / "run", "--backbone", str(backbone), *options.split())
+    monkeypatch.setattr(Run, "carry_out", lambda run: {"task": "sst2", "recipe": {"mode": run.recipe.mode}})
+    for speedup in (1000.0, round(most + 0.01, 2)):
+        assert main([*given, "--flops-speedup", str(speedup)]) == 2
+        error = capsys.readouterr().err
+        assert f"--flops-speedup {speedup}: must be at most {most:.2f}, which one token per layer and the" in error
+        assert f"(--predictor-width {width}) lead to on texts of {longest} tokens (--max-length)\n" in error
+    assert not (tmp_path / "run").exists()
+    assert main([*given, "--flops-speedup", str(most)]) == 0
+
+
+@pytest.mark.parametrize("options", ["--mode paper", "--mode dense", "--no-aim --calibration sampled"])
+def test_a_speedup_that_a_run_is_not_for_is_within_reach(
+    options: str, tmp_path: Path, backbone: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With predictors that cost more than any skimming saves, which a run is free to train all the same."""
+    wide = [] if "dense" in options else ["--predictor-width", "100000"]
+    recipe = recipe_of("corrected", TASKS["sst2"], predictor_width=100_000)
+    with pytest.raises(ValueError, match=r"^--flops-speedup 2\.0: must be at most 1\.00, which"):
+        recipe.check_speedup(AutoConfig.from_pretrained(backbone))
+    monkeypatch.setattr(Run, "carry_out", lambda run: {"task": "sst2", "recipe": {"mode": run.recipe.mode}})
+    assert main(command(data, tmp_path / "run", "--backbone", str(backbone), *options.split(), *wide)) == 0
+
+
+def test_a_speedup_out_of_reach_of_the_held_out_rows(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are shorter than texts may be. Nothing is trained, and the folder is free for another run."""
+    given = [*command(data, tmp_path / "run", "--backbone", str(backbone)), "--flops-speedup"]
+    assert main([*given, "20"]) == 2
+    pattern = r"--flops-speedup 20\.0: must be at most (\S+), which .* lead to on the held-out rows\n$"
+    found = re.search(pattern, capsys.readouterr().err)
+    assert found is not None and [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS]
+    rows = (data / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    _, held_out = hold_out(rows, recipe_of("corrected", TASKS["sst2"]))
+    lengths = torch.tensor([len(row.split()) - 1 + 2 for row in held_out])  # without the label, with [CLS] and [SEP]
+    shape = EncoderShape.of(AutoConfig.from_pretrained(backbone), 64)
+    assert float(found[1]) == pytest.approx(shape.most_flops_speedup(lengths), abs=0.01)
+
+    def begin(*_: object) -> None:
+        raise ValueError("training began")
+
+    monkeypatch.setattr(Run, "dense_model", begin)
+    for options in ([found[1]], ["20", "--calibration", "none"]):
+        assert main([*given, *options]) == 2
+        assert capsys.readouterr().err.endswith("training began\n")
+
+
+def test_the_most_that_texts_can_be_sped_up() -> None:
+    """Shorter ones gain less, whatever the predictors' width, except where the predictors cost more than layers."""
+    one = torch.ones(3, 1, dtype=torch.int64)
+    for width in (1, 64, 5000, 100_000):
+        shape = EncoderShape(3, 64, 128, width)
+        for longest in (1, 2, 7, 200):
+            found = [shape.flops_speedup(torch.tensor([n]), one) for n in range(1, longest + 1)]
+            assert max(1.0, shape.most_flops_speedup(torch.tensor([longest]))) == pytest.approx(max(found))
 
 
 # Folders
@@ -156,7 +253,19 @@ def test_held_out_rows_are_looked_at_before_training(
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS]
 
 
-# Classes
+# Classes and types
+
+
+def test_a_backbone_of_a_type_that_cannot_skim(
+    tmp_path: Path, backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said before a dense fine-tune is made of it."""
+    other = tmp_path / "other"
+    shutil.copytree(backbone, other)
+    GPT2Config(n_layer=1).save_pretrained(other)
+    assert main(command(data, tmp_path / "run", "--backbone", str(other))) == 2
+    assert f"--backbone {other}: is of type 'gpt2'; must be one of bert, roberta," in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

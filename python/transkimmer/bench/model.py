@@ -100,7 +100,7 @@ def _worked_on(found: Checked, subject: Subject, batches: Sequence[Batch]) -> li
 
 def count(found: Checked, setting: Setting, subject: Subject, batches: Sequence[Batch]) -> Counted:
     """Executed FLOPs and work: ours leave out what the head does not read of the last layer."""
-    peer, shape = found.built.peer, shape_of(subject)
+    peer, shape = found.built.peer, shape_of(subject).as_executed()
     itemsize = DTYPES[setting.dtype].itemsize
     options = {
         "first_token_only": peer.ours and skimming_of(subject.skimming).first_token_only,

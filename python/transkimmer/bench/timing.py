@@ -212,7 +212,7 @@ def _rows(
     cut = skimming_of(model).first_token_only
     executed = paper | {
         KEEP_ALL: shape.dense_flops(lengths, first_token_only=cut),
-        SKIMMING: shape.skimming_flops(lengths, layer_lengths, first_token_only=cut),
+        SKIMMING: shape.as_executed().skimming_flops(lengths, layer_lengths, first_token_only=cut),
     }
     total = float(lengths.sum())
     kept = {

@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..architectures import ARCHITECTURES
 from ..arguments import MODEL, check_folder, check_least, check_pretrained, option_of
 from ..skimming import CONFIG_KEY
 from ..tasks import TASKS, task_named
 from .recipe import CALIBRATIONS, DENSE_SETTINGS, DENSE_STAGE, DISTILLATION, MODES, Recipe, recipe_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BACKBONE = "bert-base-uncased"
 BY_MODE = "the mode's"
@@ -106,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments.mode, task, **given)
     check_least(arguments, save_steps=1)
     _check_read(recipe, given, arguments.dense)
-    _check_start(recipe, arguments.backbone, arguments.dense)
+    recipe.check_speedup(_check_start(recipe, arguments.backbone, arguments.dense))
     backbone = None if arguments.dense is not None else arguments.backbone or BACKBONE
     places = (backbone, arguments.output, arguments.data, arguments.dense)
     job = Run(task, recipe, *places, arguments.save_steps, arguments.cuda_graphs)
@@ -118,25 +122,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_start(recipe: Recipe, backbone: str | None, dense: Path | None) -> None:
-    """Sees to it that there is a dense model to start from, and only one; None: not given."""
+def _check_start(recipe: Recipe, backbone: str | None, dense: Path | None) -> PreTrainedConfig:
+    """Sees to it that there is a dense model to start from, and only one; None: not given. Returns its config."""
     from transformers import AutoConfig
 
     needed = (*MODEL, "tokenizer")
     if dense is None:
         backbone = BACKBONE if backbone is None else backbone
         check_pretrained("--backbone", backbone, needed)
-        if hasattr(AutoConfig.from_pretrained(backbone), CONFIG_KEY):
-            raise ValueError(f"--backbone {backbone}: is a skimming model; must be a dense one")
-        return
+        config = AutoConfig.from_pretrained(backbone)
+        _check_kind(recipe, config, f"--backbone {backbone}", "a dense one")
+        return config
     allowed = "a folder with a dense fine-tune"
     check_folder("--dense", str(dense), needed, allowed)
-    if hasattr(AutoConfig.from_pretrained(dense), CONFIG_KEY):
-        raise ValueError(f"--dense {dense}: is a skimming model; must be {allowed}")
+    config = AutoConfig.from_pretrained(dense)
+    _check_kind(recipe, config, f"--dense {dense}", allowed)
     if not recipe.warm_start:
         raise ValueError(f"--dense {dense}: --mode {recipe.mode} starts from --backbone; leave it out")
     if backbone is not None:
         raise ValueError(f"--backbone {backbone}: the run starts from --dense {dense}; leave one of them out")
+    return config
+
+
+def _check_kind(recipe: Recipe, config: PreTrainedConfig, given: str, allowed: str) -> None:
+    """ValueError where a model with this configuration skims already, or is of a type that cannot be made to."""
+    if hasattr(config, CONFIG_KEY):
+        raise ValueError(f"{given}: is a skimming model; must be {allowed}")
+    if recipe.mode != "dense" and config.model_type not in ARCHITECTURES:
+        raise ValueError(f"{given}: is of type {config.model_type!r}; must be one of {', '.join(ARCHITECTURES)}")
 
 
 def _check_read(recipe: Recipe, given: Mapping[str, Any], dense: Path | None) -> None:

@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..arguments import option_of
 from ..config import SkimConfig
 from ..data import positions_of
@@ -129,15 +132,20 @@ class Recipe:
         self._need("max_length", fits, f"at most {positions}, the positions that the model has")
         return min(self.max_length, positions)
 
-    def check_speedup(self, config: PreTrainedConfig) -> None:
-        """ValueError where a model with this configuration cannot reach `flops_speedup`, and the run is for that."""
-        if self.mode == "dense" or not (self.aim or self.calibration == "speedup"):
+    def check_speedup(self, config: PreTrainedConfig, held_out: Tensor | None = None) -> None:
+        """ValueError where a model with this configuration cannot reach `flops_speedup`, and the run is for that.
+
+        held_out: int64 [rows], tokens of the rows that are calibrated on; None: not known, perhaps the longest ones.
+        """
+        if self.mode == "dense" or not (self.calibration == "speedup" or (self.aim and held_out is None)):
             return
         longest, width = self.longest(config), self.predictor_width or config.hidden_size
-        most = EncoderShape.of(config, width).most_flops_speedup(longest)
-        allowed = f"at most {math.floor(100 * most) / 100:.2f}, which predictors of --predictor-width {width} allow"
-        texts = f"where layers work on one of a text's {longest} tokens (--max-length)"
-        self._need("flops_speedup", self.flops_speedup <= most, f"{allowed} {texts}")
+        texts = f"texts of {longest} tokens (--max-length)" if held_out is None else "the held-out rows"
+        lengths = torch.tensor([longest]) if held_out is None else held_out
+        most = max(1.0, EncoderShape.of(config, width).most_flops_speedup(lengths))
+        allowed = f"at most {math.floor(100 * most) / 100:.2f}"  # which is itself allowed
+        why = f"which one token per layer and the predictors (--predictor-width {width}) lead to on {texts}"
+        self._need("flops_speedup", self.flops_speedup <= most, f"{allowed}, {why}")
 
     @property
     def distils(self) -> bool:
@@ -156,8 +164,8 @@ def recipe_of(mode: str, task: Task, **given: Any) -> Recipe:
 
     "paper" follows the paper's text, as far as it says anything: temperature 0.1, one learning rate, the paper's skim
     weight, tokens removed at inference where argmax says so. "published" computes what the published code does:
-    temperature 1, attention that is not renormalised, decisions drawn at inference. docs/training.md says where its scripts
-    have other hyper-parameters.
+    temperature 1, attention that is not renormalised, decisions drawn at inference. docs/training.md says where its
+    scripts have other hyper-parameters.
     """
     if mode not in MODES:
         raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}")

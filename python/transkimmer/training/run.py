@@ -80,9 +80,11 @@ class Run:
         self._check_held_out(rows, held_out)
         tokenizer = AutoTokenizer.from_pretrained(self.start)
         figures: dict[str, Any] = {"rows": {"train": len(train), "held_out": len(held_out), "dev": len(dev)}}
-        # Before anything is trained, so that rows which do not fit are known early.
+        # Before anything is trained, so that rows which do not fit, or cannot be skimmed so much, are known early.
         config = AutoConfig.from_pretrained(self.start)
         calibration, judged = (self.rows_of(examples, tokenizer, config) for examples in (held_out, dev))
+        lengths = [batch["attention_mask"].sum(-1) for batch in calibration.batches]
+        self.recipe.check_speedup(config, torch.cat(lengths))
         dense = self.dense_model(train, tokenizer)
         if self.recipe.mode == "dense" or self.recipe.warm_start:
             fitted = self.kind.fit(dense, calibration)
