@@ -61,6 +61,28 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.captures == 4 and len(cache) == 2 and 1 not in cache
 
 
+def test_one_graph_is_held_whatever_the_limit() -> None:
+    cache = _cache(max_graphs=0)
+    assert _ask(cache, 1, 1) == _ask(cache, 2, 1) == [3]
+    assert len(cache) == 1
+
+
+def test_buffers_go_only_when_the_device_is_done_with_them() -> None:
+    class Waiting(TapeEngine):
+        def wait(self) -> None:
+            super().wait()
+            held.append(len(cache))
+
+    held: list[int] = []
+    cache = GraphCache(lambda: Waiting(torch.device("cpu")), max_graphs=1)
+    _ask(cache, 1, 1)
+    assert held == []
+    _ask(cache, 2, 1)
+    assert held == [1], "the graph that another takes the place of"
+    cache.clear()
+    assert held == [1, 1] and len(cache) == 0
+
+
 def test_bytes_are_bounded() -> None:
     cache = _cache(max_bytes=1000)
     for size in (20, 30, 40):  # 8 bytes each for input and output
@@ -84,6 +106,18 @@ def test_a_failed_capture_leaves_nothing() -> None:
         cache.replay(1, lambda: Reading(1), torch.ones(1))
     assert len(cache) == cache.captures == 0
     assert _ask(cache, 1, 1) == [3]
+
+
+def test_an_error_before_anything_is_recorded_leaves_the_graphs() -> None:
+    class Unfit(Scaled):
+        def load(self, request: Tensor) -> None:
+            raise ValueError("does not fit")
+
+    cache = _cache()
+    _ask(cache, 1, 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        cache.replay(2, lambda: Unfit(2), torch.ones(1))
+    assert 1 in cache and _ask(cache, 1, 1) == [3] and cache.captures == 1
 
 
 def test_a_failed_capture_takes_its_engine_along() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from transkimmer import SkimConfig, add_skimming, record_skimming
+from transkimmer.policies import logistic_noise
 from transkimmer.training_forward import decisions_without_noise
 
 from .tiny import KERNELS, LAYERS, no_dropout, padded_inputs, real_rows, relative_error, tiny, undecided_predictors
 
-pytestmark = pytest.mark.parametrize("kernels", KERNELS)
+every_kernels = pytest.mark.parametrize("kernels", KERNELS)
 
 
+@every_kernels
 @pytest.mark.default_kernels("thousands of tokens take half a minute in Triton's interpreter")
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
 @torch.no_grad()
@@ -30,6 +32,7 @@ def test_draws_keep_a_share_that_logit_and_threshold_say(threshold: float, kerne
         assert abs(kept[layer].item() / reached - probability) <= 5 * sigma
 
 
+@every_kernels
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
 @torch.no_grad()
 def test_without_noise_training_keeps_what_inference_keeps(threshold: float, kernels: str) -> None:
@@ -48,6 +51,7 @@ def test_without_noise_training_keeps_what_inference_keeps(threshold: float, ker
     assert relative_error(real_rows(masked, mask), real_rows(pruned, mask)) <= 2e-5
 
 
+@every_kernels
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 @torch.no_grad()
 def test_a_logit_at_the_threshold_stays(threshold: float, kernels: str) -> None:
@@ -63,3 +67,10 @@ def test_a_logit_at_the_threshold_stays(threshold: float, kernels: str) -> None:
         if threshold == 0.5:  # which draws without noise know
             model(**padded_inputs())
     assert all(record.tokens_kept.tolist() == [1.0] * LAYERS for record in records)
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
+def test_noise_is_finite_at_either_end_of_a_draw(drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infinite noise would become NaN where it is scaled by 0; and in half precision the upper end is 1."""
+    monkeypatch.setattr(torch, "rand_like", lambda x, **options: torch.full_like(x, drawn, **options))
+    assert logistic_noise(torch.zeros(3, dtype=torch.bfloat16)).isfinite().all()

@@ -83,6 +83,14 @@ def _hooked(embeddings: Any, seen: list[str]) -> None:
     embeddings.word_embeddings.register_forward_hook(lambda *_: seen.append("called"))
 
 
+def _dropout_hooked(embeddings: Any, seen: list[str]) -> None:
+    embeddings.dropout.register_forward_hook(lambda *_: seen.append("called"))
+
+
+def _dropout_hooked_in_front(embeddings: Any, seen: list[str]) -> None:
+    embeddings.dropout.register_forward_pre_hook(lambda *_: seen.append("called"))
+
+
 def _adapted(embeddings: Any, seen: list[str]) -> None:
     class Adapted(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:
@@ -96,7 +104,21 @@ def _limited(embeddings: Any, seen: list[str]) -> None:
     embeddings.word_embeddings.max_norm = 0.5
 
 
-@pytest.mark.parametrize(("change", "calls"), [(_hooked, 1), (_adapted, 1), (_limited, 0)])
+def _norm_without_bias(embeddings: Any, seen: list[str]) -> None:
+    embeddings.LayerNorm = nn.LayerNorm(64, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [
+        (_hooked, 1),
+        (_dropout_hooked, 1),
+        (_dropout_hooked_in_front, 1),
+        (_adapted, 1),
+        (_limited, 0),
+        (_norm_without_bias, 0),
+    ],
+)
 @torch.no_grad()
 def test_what_the_kernel_does_not_know_is_hugging_faces(change: Callable[[Any, list[str]], None], calls: int) -> None:
     dense, skimming = _both("bert")

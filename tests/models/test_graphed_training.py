@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("step_tapes"),
 ]
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+SHORTER = (9, 1, 6, 2)  # than the first of `BATCHES`, by the same graph
 
 
 @every_architecture
@@ -72,6 +75,28 @@ def test_noise_and_temperature_are_those_of_the_step() -> None:
     model.skimming.config.noise, model.skimming.config.temperature = 0.5, 0.3
     assert_step(model, BATCHES[0])
     assert not torch.equal(step(model, BATCHES[0])[2].keep_masks, without)
+    assert len(model.skimming.training_graphs) == 1
+
+
+def test_rows_left_over_have_no_gradient() -> None:
+    """Not even that of an earlier batch, which had sequences where a shorter one leaves rows over."""
+    model = graphed()
+    for lengths in (BATCHES[0], SHORTER):
+        assert_step(model, lengths)
+    assert len(model.skimming.training_graphs) == 1
+
+
+def test_a_broken_batch_does_not_outlive_its_step() -> None:
+    model = graphed()
+    step(model, BATCHES[0])
+    weight = model.bert.embeddings.word_embeddings.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    assert math.isnan(step(model, BATCHES[0])[0])
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert_step(model, SHORTER)
     assert len(model.skimming.training_graphs) == 1
 
 
@@ -131,6 +156,14 @@ def test_backwards_twice_is_refused() -> None:
         loss.backward()
 
 
+def test_second_derivatives_are_refused() -> None:
+    model = graphed()
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    (gradient,) = torch.autograd.grad(loss_of(model, BATCHES[0]), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_frozen_parameters_and_embeddings() -> None:
     model = graphed()
     assert_step(model, BATCHES[0])
@@ -179,12 +212,21 @@ class Adapted(torch.nn.Module):
         return self.base(x) + self.up(self.down(self.dropout(x)))
 
 
-def test_what_draws_is_not_computed_anew() -> None:
+def _adapted(layer: Any) -> None:
+    layer.intermediate.dense = Adapted(layer.intermediate.dense)
+
+
+def _activated_at_random(layer: Any) -> None:
+    layer.intermediate.intermediate_act_fn = torch.nn.RReLU()
+
+
+@pytest.mark.parametrize("change", [_adapted, _activated_at_random])
+def test_what_draws_is_not_computed_anew(change: Callable[[Any], None]) -> None:
     """Another draw on the way back would lead to other gradients. The batch fills its graph: draws are as without."""
     model = graphed()
     torch.manual_seed(3)
     for layer in model.bert.encoder.layer:
-        layer.intermediate.dense = Adapted(layer.intermediate.dense)
+        change(layer)
     model.train()
     assert_step(model, BATCHES[0])
 

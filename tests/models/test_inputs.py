@@ -120,6 +120,14 @@ def test_where_packed_sequences_start(positions: list[int], lengths: list[int]) 
     assert records[0].lengths.tolist() == lengths
 
 
+@torch.no_grad()
+def test_whatever_is_not_zero_in_a_mask_is_a_token() -> None:
+    model, inputs = add_skimming(tiny("bert", "sequence")), padded_inputs()
+    expected = model(**inputs).logits
+    for mask in (-inputs["attention_mask"], inputs["attention_mask"] * 0.5, inputs["attention_mask"].bool()):
+        assert torch.equal(model(inputs["input_ids"], mask).logits, expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
 def test_padding_holds_its_embeddings(training: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transkimmer.flops import count_flops
 from transkimmer.training_forward import decisions_without_noise
 
 from transkimmer_kernels.runtime.graphs import ENGINES
 
-from .graphed_steps import BATCHES, StepTapes, assert_close, assert_step, graphed, loss_of, step
+from .graphed_steps import BATCHES, StepTapes, assert_close, assert_step, eagerly, graphed, loss_of, step
+from .tiny import padded_inputs
 
 pytestmark = [
     pytest.mark.default_kernels("is about what stands around the kernels, and too long for an interpreter"),
@@ -85,15 +88,83 @@ def test_forwards_that_need_no_gradient_run_eagerly() -> None:
     assert model.skimming.training_graphs.why_eager == "decisions are made without noise"
 
 
-def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: StepTapes, run: Callable[[], Any]) -> Any:
-        raise RuntimeError("no")
+def test_distributed_training_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphed()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert_step(model, BATCHES[0], why_eager="training is distributed")
 
-    monkeypatch.setattr(StepTapes, "record", fail)
+
+def test_a_batch_without_tokens_runs_eagerly() -> None:
+    model, inputs = graphed(), padded_inputs((3, 2))
+    assert_step(model, BATCHES[0])
+    inputs["attention_mask"].zero_()
+    loss = model(**inputs, labels=torch.tensor([0, 1])).loss
+    assert model.skimming.training_graphs.why_eager == "the batch has no tokens"
+    assert torch.isfinite(loss)
+
+
+def test_flops_of_a_step_are_counted_eagerly() -> None:
+    """A replay has no operators to count."""
+
+    def flops(model: PreTrainedModel) -> int:
+        with count_flops() as count:
+            loss_of(model, BATCHES[0])
+        return count.get_total_flops()
+
+    model = graphed()
+    assert_step(model, BATCHES[0])
+    assert flops(model) == eagerly(model, flops) > 0
+    assert model.skimming.training_graphs.why_eager == "the forward is being traced"
+
+
+def test_hooks_that_hugging_face_leaves_idle_do_no_harm() -> None:
+    """They come with the first request for states of every layer, and stay, also when it was refused."""
+    model = graphed()
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**padded_inputs(BATCHES[0]), output_attentions=True)
+    layer = model.bert.encoder.layer[0]
+    assert layer._forward_hooks
+    assert_step(model, BATCHES[0])
+    layer.register_full_backward_hook(lambda *args: None)
+    step(model, BATCHES[0])
+    assert model.skimming.training_graphs.why_eager == "a part of the encoder has hooks, which a replay would not call"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("config.skim_attention", ("renormalized", "published")), ("kernels", ("reference", "cpu"))]
+)
+def test_what_python_decides_in_a_layer_has_a_graph_of_its_own(name: str, values: tuple[str, str]) -> None:
+    model = graphed()
+    part, _, attribute = name.rpartition(".")
+    for value in (*values, values[0]):
+        setattr(operator.attrgetter(part)(model.skimming) if part else model.skimming, attribute, value)
+        assert_step(model, BATCHES[0])
+    assert len(model.skimming.training_graphs) == 2
+
+
+def _fail(self: StepTapes, run: Callable[[], Any]) -> Any:
+    raise RuntimeError("no")
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTapes, "record", _fail)
     model = graphed()
     with pytest.warns(UserWarning, match="trains without a CUDA graph: capturing failed: RuntimeError: no"):
         step(model, BATCHES[0])
     assert_step(model, BATCHES[0], why_eager="capturing failed: RuntimeError: no")
+
+
+def test_a_failed_capture_takes_all_graphs_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphed()
+    assert_step(model, (3,))
+    former = model.skimming.training_graphs._engine
+    with monkeypatch.context() as failing:
+        failing.setattr(StepTapes, "record", _fail)
+        with pytest.warns(UserWarning, match="capturing failed"):
+            step(model, (3, 3))
+    assert len(model.skimming.training_graphs) == 0
+    assert_step(model, (3,))
+    assert model.skimming.training_graphs._engine is not former
 
 
 def test_graphs_that_a_failed_capture_elsewhere_has_changed_are_captured_anew() -> None:
@@ -120,6 +191,17 @@ def test_the_number_of_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     for lengths in ((3,), (3, 3), (3, 3, 3), (3,)):
         assert_step(model, lengths)
         assert len(model.skimming.training_graphs) <= 2
+
+
+def test_the_graph_used_least_recently_goes_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transkimmer.graphed_training._MAX_GRAPHS", 2)
+    model, held = graphed(), []
+    graphs = model.skimming.training_graphs
+    monkeypatch.setattr(StepTapes, "wait", lambda self: held.append(len(graphs)))
+    for lengths in ((3,), (3, 3), (3,), (3, 3, 3)):
+        assert_step(model, lengths)
+    assert held == [2], "a graph may still be running when its buffers go"
+    assert [key[0].batch for key in graphs._steps] == [1, 3]
 
 
 def test_sizes_that_are_seldom_used_are_not_captured() -> None:
