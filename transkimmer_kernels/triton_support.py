@@ -43,7 +43,7 @@ def why_not() -> str | None:
         return reason
     if interpreted() or torch.cuda.is_available():
         return None
-    return "torch sees no CUDA device (with TRITON_INTERPRET=1 set beforehand, kernels run in Triton's interpreter)"
+    return "torch sees no CUDA device, and TRITON_INTERPRET=1, for Triton's interpreter, was not set beforehand"
 
 
 def backend_modules() -> dict[str, ModuleType]:

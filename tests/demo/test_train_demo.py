@@ -173,3 +173,10 @@ def test_a_run_does_not_go_on_from_another(
     assert main([*arguments, "--limit", "30"]) == 0 and main(arguments) == 2
     assert f"--work {work}: holds a run with other settings: limit 30 -> None" in capsys.readouterr().err
     assert stored_figures(tmp_path / "demo")["train_sentences"] == 30
+
+
+def test_data_that_are_not_there(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.tsv").unlink()
+    assert main(arguments) == 2
+    assert f"--data {tmp_path / 'train.tsv'}: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists() and not (tmp_path / "demo").exists()

@@ -86,7 +86,10 @@ class Store:
             path = folder / head["device"] / f"{head['date'][:10]}-{head['commit']}.json"
             if file is not None and file.resolve() == path.resolve():
                 raise ValueError(f"--json {file}: must be another file than that of --results")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--results {folder}: cannot be made ({error.strerror})") from None
             self._targets.append((path, _stored_rows(path, head["environment"])))
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -49,7 +49,7 @@ OPTIONS: dict[str, tuple[type, str, str | None]] = {
         "2.0 in mode corrected, else not calibrated",
     ),
     "held_out": (float, "share of the training rows for calibration, never more than 2000 rows", None),
-    "limit": (int, "use N training rows only, held-out ones included, drawn at random (a trial run)", "all"),
+    "limit": (int, "use N random training rows only, held-out ones included; all development rows are judged", "all"),
 }
 
 

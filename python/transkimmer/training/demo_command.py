@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .run import Run
 
     check_least(arguments, limit=1)
+    if not arguments.data.is_file():
+        raise ValueError(f"--data {arguments.data}: no such file; must be SST-2's train.tsv or train.tsv.xz")
     if arguments.limit is not None and arguments.output.resolve() == FOLDER.resolve():
         raise ValueError(
             f"--limit {arguments.limit}: a trial run must not replace the package's own weights; give another --output"

@@ -234,7 +234,7 @@ def markdown(task: Task, split: str, figures: dict[str, Any]) -> str:
         rows.append(
             (
                 "largest difference of a logit, training forward and removal",
-                f"{found['max_difference']:.1e} of {found['max_logit']:.1f}",
+                f"{found['max_difference']:.1e} of {found['max_logit']:.3g}",
             )
         )
     lines = [f"| {task.title}, {split}, {figures['examples']} {task.counted} | |", "| --- | --- |"]

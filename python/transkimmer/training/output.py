@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def prepare_output(job: Run, resume: bool, option: str = "--output") -> None:
 
     Raises in every process:
         ValueError: it holds a run and `resume` is False, a run with other settings, or none and `resume` is True; or
-            what is no run's, and would be replaced, or what this run starts from.
+            what is no run's, and would be replaced, or what this run starts from; another process's run is under way.
         OSError: it cannot be written.
     """
     state = PartialState(cpu=not torch.cuda.is_available())  # on a CPU it counts processes only when told so
@@ -67,6 +69,7 @@ def _prepare(job: Run, resume: bool, option: str) -> None:
                 f"{option} {job.output}: holds a run with other settings: {_difference(former, settings)}; "
                 "take another folder, or these settings"
             )
+        _claim(job, option)
         return
     if resume and not saved.is_file():  # perhaps mistyped: starting anew would take hours
         what = "holds no run" if job.output.is_dir() else "no such folder"
@@ -81,9 +84,39 @@ def _prepare(job: Run, resume: bool, option: str) -> None:
         job.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=job.output):
             pass  # fails here rather than after an hour
+        _claim(job, option)
         write_whole(saved, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise OSError(f"{option} {job.output}: cannot be written: {os.strerror(error.errno or 0)}") from error
+
+
+# Folder -> what holds its lock. Of a process that is gone the system lets go.
+_claims: weakref.WeakValueDictionary[Path, _Claim] = weakref.WeakValueDictionary()
+
+
+def _claim(job: Run, option: str) -> None:
+    """Keeps other processes from writing to the run's folder as long as `job` is there."""
+    folder = job.output.resolve()
+    try:
+        job.claim = _claims.get(folder) or _claims.setdefault(folder, _Claim(os.open(folder, os.O_RDONLY)))
+    except BlockingIOError:
+        raise ValueError(f"{option} {job.output}: another run is at work there; wait for it, or stop it") from None
+
+
+class _Claim:
+    """The lock of a folder: no file has to be left in it. A file system without locks gives one to everyone."""
+
+    def __init__(self, folder: int) -> None:
+        self._folder = folder
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+
+    def __del__(self) -> None:
+        os.close(self._folder)
 
 
 def _difference(former: dict[str, Any], settings: dict[str, Any]) -> str:

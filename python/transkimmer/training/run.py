@@ -60,6 +60,7 @@ class Run:
     cuda_graphs: bool = True
     frozen_embeddings: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    claim: object = field(default=None, repr=False, compare=False)  # on `output`, by `prepare_output`
 
     @property
     def kind(self) -> Kind:
