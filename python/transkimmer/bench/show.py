@@ -16,6 +16,7 @@ from ..architectures import layer_count
 from ..records import record_skimming
 from .timing import Row
 
+SEPARATOR = "‖"  # between the texts of a pair
 # Spread of repeats, (max - min) / median, from which a run is to be repeated; on a quiet machine it is 1 to 5 %.
 DISTURBED = 0.15
 # From words dropped before the first layer (faint) to words read by every layer (bold).
@@ -88,8 +89,8 @@ def word_depths(
 ) -> tuple[list[Word], int | float]:
     """(words, predicted class or, of a head with one output, number); a word is read as long as any piece of it.
 
-    The words of a second text, `pair`, follow those of the first. max_length: tokens that are read; None: as many as
-    the tokenizer says.
+    The words of a second text, `pair`, follow those of the first behind a word that stands for the separator.
+    max_length: tokens that are read; None: as many as the tokenizer says.
     """
     encoding = tokenizer(text, pair, return_tensors="pt", truncation=True, max_length=max_length)
     with record_skimming() as records:
@@ -97,7 +98,8 @@ def word_depths(
     predicted = int(logits.argmax()) if logits.numel() > 1 else float(logits)
     depth = records[0].keep_masks[:, 0].sum(0)  # [seq]
     spans: dict[tuple[int, int], tuple[int, int, int]] = {}
-    for token, (which, word) in enumerate(zip(encoding.sequence_ids(0), encoding.word_ids(0), strict=True)):
+    sequences = encoding.sequence_ids(0)
+    for token, (which, word) in enumerate(zip(sequences, encoding.word_ids(0), strict=True)):
         if word is not None:
             start, end = encoding.token_to_chars(0, token)
             low, high, deepest = spans.get((which, word), (start, end, 0))
@@ -105,6 +107,8 @@ def word_depths(
     texts = (text, pair or "")
     words, former = [], (0, -1)
     for (which, _), (low, high, deepest) in spans.items():
+        if former[0] != which:
+            words.append(Word(SEPARATOR, int(depth[sequences.index(which) - 1])))
         words.append(Word(texts[which][low:high], deepest, former != (which, low)))
         former = which, high
     return words, predicted
