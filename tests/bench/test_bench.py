@@ -260,6 +260,29 @@ def test_the_kernels_that_are_named_are_those_that_are_timed(
     assert timed == ["reference"]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["demo", "folder"])
+def test_what_is_compared_is_as_the_options_say(
+    folder: Path, model: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation mode; the folder's model has 80 positions, and one of the first 64 texts of IMDB is longer."""
+    seen: list[tuple[object, ...]] = []
+
+    def compared(model: PreTrainedModel, batches: list[workload.Batch], repeats: int) -> list[Row]:
+        longest = max(int(batch.lengths.max()) for batch in batches)
+        seen.append(({p.dtype for p in model.parameters()}, len(batches), repeats, model.training, longest))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(command, "compare", compared)
+    options = ["--batches", "2", "--batch-size", "32", "--repeats", "7", "--dtype", dtype]
+    if model == "folder":
+        options += ["--model", str(folder), "--schedule", "1,0.6,0.2", "--lengths", "imdb"]
+    assert main(["bench", *options]) == 2
+    (((*found, longest)),) = seen
+    assert found == [{workload.DTYPES[dtype]}, 2, 7, False]
+    assert model == "demo" or longest == 80
+
+
 def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--dtype", "fp64"])

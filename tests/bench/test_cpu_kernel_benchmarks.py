@@ -1,14 +1,16 @@
-"""benchmarks/cpu_kernels.py and what it shares: both sides agree, and a wrong one is not timed."""
+"""benchmarks/cpu_kernels.py, packing.py and what they share: both sides agree, and what is timed gets into rows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cpu_kernels, single_runs
+from benchmarks import cpu_kernels, packing, single_runs
 from transkimmer_kernels import native
 from transkimmer_kernels.onednn import can_pack
 
@@ -70,6 +72,46 @@ def test_contenders_take_turns_after_rounds_that_do_not_count(monkeypatch: pytes
     field = {name: lambda name=name: run(name) for name in "ab"}
     found = single_runs.median_seconds(field, 3, 1, lambda: (calls.append("-"), clock.sleep(50.0)))
     assert "".join(calls) == "-a-b" * 4 and found == {"a": 1.0, "b": 2.0}
+
+
+def test_the_median_of_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(monkeypatch), iter([9.0, 1.0, 7.0, 2.0])
+    assert single_runs.median_seconds({"a": lambda: clock.sleep(next(times))}, 3, 1) == {"a": 2.0}
+
+
+def rows_of(script: Any, path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict[str, Any]]:
+    monkeypatch.setattr("sys.argv", [script.__name__, *options, "--json", str(path)])
+    script.main()
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+def test_rows_of_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "KEPT", (0.5,))
+    monkeypatch.setattr(cpu_kernels, "OPERATORS", {"x": lambda case: ("ours", "plain")})
+    monkeypatch.setattr(cpu_kernels, "Case", lambda kept, dtype: SimpleNamespace(tokens=7))
+    monkeypatch.setattr(cpu_kernels, "check", lambda *arguments: None)
+
+    def median_seconds(field: dict[str, str], repeats: int, warm_up: int, between: object) -> dict[str, float]:
+        assert field == {"ours": "ours", "plain": "plain"}
+        return {"ours": 2e-6, "plain": 3e-6} if between is None else {"ours": 4e-6, "plain": 10e-6}
+
+    monkeypatch.setattr(cpu_kernels, "median_seconds", median_seconds)
+    (row,) = rows_of(cpu_kernels, tmp_path / "rows.json", monkeypatch)
+    assert row == {
+        **{"name": "x", "dtype": "fp32", "tokens": 7},
+        "hot": {"ours_us": 2.0, "plain_us": 3.0, "ratio": 1.5},
+        "cold": {"ours_us": 4.0, "plain_us": 10.0, "ratio": 2.5},
+    }
+
+
+@pytest.mark.parametrize(("options", "sets"), [([], 1), (["--cold"], 6)])
+def test_rates_of_products(options: list[str], sets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's, of 12 n d^2 multiply-adds; a millisecond for each set of weights."""
+    monkeypatch.setattr(packing, "ROWS", (16,))
+    monkeypatch.setattr(packing, "products", lambda rows, dtype, sets: {"panels": sets})
+    monkeypatch.setattr(packing, "median_seconds", lambda field, repeats, warm_up: {"panels": 1e-3 * field["panels"]})
+    (row,) = rows_of(packing, tmp_path / "rows.json", monkeypatch, *options)
+    assert row["gflops_per_s"] == {"panels": round(2 * 12 * 16 * 768**2 / (1e-3 * sets) / 1e9, 1)}
 
 
 def test_rows_are_written_with_the_environment(tmp_path: Path) -> None:

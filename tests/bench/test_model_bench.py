@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import math
@@ -14,36 +13,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transkimmer import SkimConfig, add_skimming
 from transkimmer.bench import counters, field, model, model_command, peers, plain, results, roofline, setting, workload
 from transkimmer.bench.contenders import KEEP_ALL, PADDED, PLAIN, SKIMMING, Contender
 from transkimmer.bench.timing import Limits, time_in_turn
+from transkimmer.bench.workload import DTYPES
 from transkimmer.cli import main
 from transkimmer.flops import EncoderShape
 
 from ..clock import Clock
-from ..models.tiny import VOCABULARY, tiny
-
-RATIOS = [1.0, 0.6, 0.2]
-LENGTHS = [9, 4, 14, 6]
-SETTING = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, "fp32", "cpu", 1)
-TORCH_ONLY = ("eager", "sdpa", "nested", "plain", "keep-all", "skimming")
+from ..models.tiny import LAYERS, tiny
+from .tiny_workload import LENGTHS, RATIOS, SETTING, TORCH_ONLY, batches
 
 
 @pytest.fixture(autouse=True)
 def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not measured here: that takes seconds."""
     monkeypatch.setattr(model, "measure_ceilings", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
-
-
-@pytest.fixture
-def subject() -> peers.Subject:
-    skimming = add_skimming(tiny("bert", "sequence"), SkimConfig(schedule=RATIOS))
-    return peers.Subject("tiny", tiny("bert", "sequence"), skimming, "synthetic")
-
-
-def batches() -> list[workload.Batch]:
-    return workload.random_batches(LENGTHS, 2, 2, VOCABULARY)
 
 
 def rows_of(subject: peers.Subject, dtype: str = "fp32", limits: Limits | None = None) -> dict[str, dict[str, object]]:
@@ -56,6 +41,7 @@ def rows_of(subject: peers.Subject, dtype: str = "fp32", limits: Limits | None =
 # Who is timed
 
 
+@pytest.mark.usefixtures("memory_calls")
 def test_every_peer_has_a_row(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def unbuilt(*arguments: object) -> None:
         pytest.fail("built")
@@ -124,22 +110,6 @@ def test_ours_failing_is_an_error(subject: peers.Subject, monkeypatch: pytest.Mo
         rows_of(subject)
 
 
-def test_peers_are_built_once_for_all_workloads(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
-
-    def build(subject: peers.Subject, example: object, dtype: str) -> peers.Run:
-        built.append(dtype)
-        return lambda inputs: subject.dense(**inputs).logits
-
-    monkeypatch.setattr(field, "PEERS", (peers.Peer("a", "a", build), peers.Peer("b", "b", build, ours=True)))
-    reused = field.Field()
-    for lengths in ("some", "others"):
-        reused.enter(replace(SETTING, lengths=lengths), subject, batches())
-    assert len(built) == 3  # ours anew for every workload: its schedule is another one
-    reused.enter(replace(SETTING, dtype="bf16"), subject, batches())
-    assert built[3:] == ["bf16", "bf16"]
-
-
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "albert"])
 def test_pytorchs_own_encoder_has_the_models_weights(architecture: str) -> None:
     dense = tiny(architecture, "sequence")
@@ -169,6 +139,7 @@ def test_varlen_attention_serves_where_it_can(monkeypatch: pytest.MonkeyPatch) -
 # What a row says
 
 
+@pytest.mark.usefixtures("memory_calls")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_figures(subject: peers.Subject, dtype: str) -> None:
     rows = {name: row for name, row in rows_of(subject, dtype).items() if row["note"] is None}
@@ -199,6 +170,28 @@ def test_figures(subject: peers.Subject, dtype: str) -> None:
     assert rows[PADDED]["flops_speedup_padded"] == rows[PLAIN]["flops_speedup"] == rows[KEEP_ALL]["flops_speedup"] == 1
 
 
+@pytest.mark.usefixtures("memory_calls")
+@pytest.mark.parametrize(("dtype", "first_token_only"), [("fp32", True), ("bf16", False)])
+def test_work_is_counted_in_the_rows_dtype_and_as_its_head_reads_it(
+    subject: peers.Subject, dtype: str, first_token_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[object] = []
+    monkeypatch.setattr(
+        model, "measure_ceilings", lambda *given: (probed.append(given), roofline.Ceilings(1e10, 1e11))[1]
+    )
+    subject.skimming.skimming.first_token_only = first_token_only
+    row = rows_of(subject, dtype)[KEEP_ALL]
+    assert probed == 2 * [("cpu", DTYPES[dtype])] and row["tolerance"] == field.TOLERANCES[dtype]
+    shape, lengths = EncoderShape.of_model(subject.skimming), torch.tensor(LENGTHS)
+    assert row["flops"] == shape.dense_flops(lengths, first_token_only=first_token_only)
+    size = DTYPES[dtype].itemsize
+    works = [
+        roofline.encoder_work(shape, part, part.expand(LAYERS, -1), size, first_token_only=first_token_only)
+        for part in lengths.split(2)
+    ]
+    assert row["bytes"] == sum(roofline.total(works).moved)
+
+
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
 
@@ -212,33 +205,6 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounds(Limits(slow=2.5)) == {"quick": 4, "measure": 4, "slow": 1}
     assert rounds(Limits(slow=50, budget_s=0.07)) == {"quick": 4, "measure": 4, "slow": 2}
     assert rounds(Limits(budget_s=0)) == {"quick": 1, "measure": 1, "slow": 1}
-
-
-def test_who_would_take_too_long_is_left_out(subject: peers.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    calls: list[int] = []
-
-    def compiling(*arguments: object) -> peers.Run:
-        """Slow when it is built and at the next call."""
-
-        def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            calls.append(1)
-            clock.sleep(0.2 if len(calls) == 2 else 0.0)
-            return subject.dense(**inputs).logits
-
-        return run
-
-    def slow(*arguments: object) -> peers.Run:
-        return lambda inputs: clock.sleep(0.2)  # type: ignore[func-returns-value]
-
-    ours = next(peer for peer in peers.PEERS if peer.key == "keep-all")
-    monkeypatch.setattr(
-        field, "PEERS", (peers.Peer("slow", "slow", slow), peers.Peer("compiling", "compiling", compiling), ours)
-    )
-    entered = dict(field.Field(budget_s=0.3).enter(SETTING, subject, batches()))
-    found = {peer.key: entry if isinstance(entry, str) else "there" for peer, entry in entered.items()}
-    note = "left out: 0 s for one batch; 2 batches would exceed --budget"
-    assert found == {"slow": note, "compiling": "there", "keep-all": "there"}
 
 
 # What it costs
@@ -318,15 +284,6 @@ def run(folder: Path, *options: object) -> int:
     return main(["bench", "model", *map(str, [*workload_options, *rest, *options])])
 
 
-@pytest.fixture
-def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither midnight nor a change of the checkout comes between two runs."""
-    monkeypatch.setenv("GPU_CHECK_COMMIT", "c0ffee")
-    noon = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.timezone.utc)
-    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda zone: noon), timezone=datetime.timezone)
-    monkeypatch.setattr(results, "datetime", clock)
-
-
 @pytest.mark.usefixtures("one_day")
 def test_rows_are_stored_by_device_day_and_commit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -361,27 +318,6 @@ def test_rows_are_stored_by_device_day_and_commit(
     assert f"--results {path}: must be a folder" in capsys.readouterr().err
 
 
-def test_figures_stay_where_a_contender_is_left_out_later() -> None:
-    def row(contender: str, **values: object) -> dict[str, object]:
-        return {"kind": "model", "workload": {"batch_size": 1}, "contender": contender, "note": None} | values
-
-    before = [row("a", median_s=1.0), row("b", note="not installed"), row("c", median_s=3.0)]
-    absent = row("a", note="left out: --without a")
-    assert results.merge(before, [absent, row("b", median_s=2.0), row("c", median_s=4.0)]) == [
-        before[0],
-        row("b", median_s=2.0),
-        row("c", median_s=4.0),
-    ]
-    assert results.merge([row("a", note="not installed")], [absent]) == [absent]
-
-
-@pytest.mark.usefixtures("one_day")
-def test_one_file_is_not_written_twice(tmp_path: Path) -> None:
-    (path,) = results.Store("cpu", folder=tmp_path).paths
-    with pytest.raises(ValueError, match="must be another file than that of --results"):
-        results.Store("cpu", file=path, folder=tmp_path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -402,6 +338,13 @@ def test_one_file_is_not_written_twice(tmp_path: Path) -> None:
 def test_refused_arguments(folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, *options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "slow"), [("cpu", model_command.HOPELESS), ("cuda", math.inf)])
+def test_what_is_too_slow_drops_out_on_a_cpu_alone(device: str, slow: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless --slow is given: the contenders on a GPU are quick enough."""
+    monkeypatch.setattr(model_command, "device_of", lambda arguments: device)
+    assert model_command._limits(argparse.Namespace(repeats=1, slow=None, budget=100.0)) == Limits(slow, 100.0)
 
 
 @pytest.mark.parametrize("options", [["--lengths", "nowhere"], ["--batch-size", "0"], ["--without", "skimming"]])

@@ -7,18 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transkimmer import SkimConfig, add_skimming
-from transkimmer.bench import field, peers, setting, workload
+from transkimmer.bench import field, peers, workload
 
-from ..models.tiny import VOCABULARY, padded_inputs, tiny
-
-SETTING = setting.Setting("tiny", "some", "1,0.6,0.2", 2, 2, "fp32", "cpu", 1)
-
-
-@pytest.fixture
-def subject() -> peers.Subject:
-    skimming = add_skimming(tiny("bert", "sequence"), SkimConfig(schedule=[1.0, 0.6, 0.2]))
-    return peers.Subject("tiny", tiny("bert", "sequence"), skimming, "synthetic")
+from ..models.tiny import VOCABULARY, padded_inputs
+from .tiny_workload import SETTING
 
 
 @pytest.fixture

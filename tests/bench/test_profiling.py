@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transkimmer.bench import profiling
+import torch
+from transkimmer.bench import peers, profiling
 from transkimmer.cli import main
 
 from ..models.tiny import LAYERS, tiny
+from .tiny_workload import SETTING, batches
 
 
 def event(name: str, start: float, elapsed: float, parent: object = None, device: float = 0.0) -> SimpleNamespace:
@@ -46,6 +48,20 @@ def test_calls_before_a_layer_decide_on_it() -> None:
 )
 def test_share_of_gaps(intervals: list[tuple[float, float]], share: float | None) -> None:
     assert profiling.gap_share(intervals) == (None if share is None else pytest.approx(share))
+
+
+def test_operators_are_per_pass() -> None:
+    average = SimpleNamespace(key="a", count=6, self_cpu_time_total=3e6, self_device_time_total=9e6)
+    assert profiling.operator_times([average], 3) == [profiling.OperatorTime("a", 2.0, 1.0, 3.0)]
+
+
+@torch.no_grad()
+def test_tokens_are_those_of_all_batches(subject: peers.Subject) -> None:
+    peer = next(peer for peer in peers.PEERS if peer.key == "skimming")
+    row = profiling.measure(SETTING, subject, batches(), peer, 1)
+    if not row["layers"]:
+        pytest.skip("these kernels have no operator for a whole layer")
+    assert [layer["tokens"] for layer in row["layers"]] == [33, 5 + 2 + 8 + 4, 2 + 1 + 3 + 1]
 
 
 @pytest.fixture(scope="module")

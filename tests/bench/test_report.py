@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,38 @@ def test_plots_are_the_same_bytes_and_know_their_data(device: runs.Device, tmp_p
         assert drawn.lstrip().startswith(b"<?xml") and len(drawn) < 100_000
     device.groups("model")[1][1]["skimming"]["wall_clock_speedup"] = 1.9
     assert [figure.is_current(tmp_path) for figure in plots.figures([device])] == [False, True, True, True]
+
+
+class Axes:
+    """Remembers what is drawn where; a plot's hash is that of its data, whatever is drawn of them."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[list[float], list[float], str]] = []
+        self.labels: dict[str, str] = {}
+
+    def scatter(self, x: Iterable[float], y: Iterable[float], *, label: str, **rest: object) -> None:
+        self.points.append((list(x), list(y), label))
+
+    def set(self, **labels: str) -> None:
+        self.labels = labels
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **rest: None
+
+
+def test_speedups_are_drawn_on_their_axes() -> None:
+    axes: Any = Axes()
+    plots.paint_speedups(axes, [{"flops": 3.0, "time": 2.5, "dtype": "bf16", "batch_size": 8}])
+    assert axes.points == [([3.0], [2.5], "bf16, batch 8")]
+    assert (axes.labels["xlabel"], axes.labels["ylabel"]) == ("FLOPs speedup", "wall-clock speedup")
+
+
+def test_rates_are_drawn_on_their_axes() -> None:
+    axes: Any = Axes()
+    ceilings = {"bytes_per_s": 1e10, "flops_per_s": 1e11}
+    plots.paint_rooflines(axes, {"dtype": "fp32", "lines": {"skimming": [[5.0, 4e10]]}, "ceilings": ceilings})
+    assert axes.points == [([5.0], [4e10], "skimming")]
+    assert (axes.labels["xlabel"], axes.labels["ylabel"]) == ("FLOPs per byte that must move", "FLOP/s")
 
 
 def test_what_is_missing_is_not_drawn(device: runs.Device) -> None:

@@ -26,6 +26,14 @@ def _printed(*spreads: float | None) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_every_column_has_its_own_figure() -> None:
+    table = show.table_of([Row("x", 0.91, 0.42, 2.03, 2.14, 1.95, 0.96, 0.87, 1.5, 0.08, 3)], "")
+    assert {column.header: next(iter(column.cells)) for column in table.columns} == {
+        **{"": "x", "accuracy": "91.00%", "tokens kept": "42.0%", "FLOPs ×": "2.03", "paper's": "2.14"},
+        **{"wall-clock ×": "1.95", "skim efficiency": "0.96", "agreement": "87.0%", "median": "1.500 s", "±": "8%"},
+    }
+
+
 def test_a_disturbed_run_says_so() -> None:
     assert "measured again" not in _printed(0.02, 0.15)
     assert "Repeats of 'row 1' lie 326% apart" in _printed(0.02, 3.26, 0.2)
