@@ -78,3 +78,12 @@ def test_the_best_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "_PROBE_SECONDS", 1.0)
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     assert roofline.best_seconds(lambda: None, "cpu") == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("times", [[0.5, 0.5, 0.5, 0.25], [1.0, 0.25, 0.25, 0.5]])
+def test_the_ceiling_is_the_better_product(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's or ours, and of a copy and a read the faster one by bytes."""
+    taken = iter(times)
+    monkeypatch.setattr(roofline, "best_seconds", lambda run, device: next(taken))
+    found = roofline.measure_ceilings("cpu", torch.float32)
+    assert found == roofline.Ceilings(2**28 / 0.25, 2 * 512 * 1024 * 2048 / 0.25) and not list(taken)

@@ -83,3 +83,9 @@ def test_a_commit_that_is_not_what_was_run_is_marked(tmp_path: Path, monkeypatch
     assert results.commit() == head
     file.write_text("x = 2\n", encoding="utf-8")
     assert results.commit() == f"{head}-changed"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--results .*file/results: cannot be made \(Not a directory\)"):
+        results.Store("cpu", folder=tmp_path / "file/results")

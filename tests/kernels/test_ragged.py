@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transkimmer_kernels import KernelSet, Ragged, kernel_set
 from transkimmer_kernels.ops.encoder_layer.compose import first_tokens
+from transkimmer_kernels.ragged import first_of_each
 
 from ..ops.cases import offsets
 from ..target import Target
@@ -49,6 +50,12 @@ def test_from_padded(kernels: KernelSet, padding: str, mask_dtype: torch.dtype) 
     assert (batch.batch, batch.capacity, batch.max_seqlen) == (3, 12, 4)
     assert batch.hidden.data_ptr() == hidden.data_ptr(), "contiguous states must not be copied"
     assert torch.equal(batch.hidden, hidden.view(12, 6))
+
+
+def test_any_number_but_zero_is_a_real_token(kernels: KernelSet) -> None:
+    hidden = torch.randn(1, 3, 6, device=kernels.device_type)
+    mask = torch.tensor([[-1.0, 0.0, 2.0]], device=hidden.device)
+    assert listed(Ragged.from_padded(hidden, mask, kernels)) == [[0, 2]]
 
 
 @pytest.mark.parametrize("layout", ["slice", "sequence-first", "expanded"])
@@ -141,3 +148,8 @@ def test_first_tokens_and_keep(kernels: KernelSet, data: st.DataObject, lengths:
     assert first.shape == (min(len(lengths), count),)
     assert first[: int(cu_first[-1])].tolist() == [row[0] for row in expected if row]
     assert cu_first.diff().tolist() == [int(bool(row)) for row in expected]
+
+
+def test_an_empty_last_sequence_has_no_first_token() -> None:
+    assert first_of_each(offsets((2, 0)), 2).tolist() == [True, False]
+    assert first_of_each(offsets((0, 1, 2)), 3).tolist() == [True, True, False]

@@ -52,6 +52,16 @@ def test_preference(
     assert select_backend("compact", kernels, device) == chosen
 
 
+@pytest.mark.parametrize(
+    ("dtype", "chosen"),
+    [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float16, "reference"), (torch.float64, "reference")],
+)
+def test_dtypes_without_native_kernels_are_left_to_the_reference(
+    availability: dict[str, str | None], dtype: torch.dtype, chosen: str
+) -> None:
+    assert select_backend("compact", "auto", "cpu", dtype) == chosen
+
+
 def test_the_environment_says_what_auto_means(
     availability: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_names_of_files() -> None:
         (document({"num_warps": 8}), "tried, bf16 64 32: expected the fields shape, share, .*, got num_warps"),
         (document(TUNED | {"num_warps": "8"}), "num_warps: expected something like 4, got '8'"),
         (document(TUNED | {"num_warps": True}), "num_warps: expected something like 4, got True"),
+        (document(TUNED | {"share": True}), "share: expected something like 0.5, got True"),
         (document(TUNED | {"shape": [1]}), r"shape: expected something like \(64, 64\), got \[1\]"),
         (document(None), "the default is used"),
     ],

@@ -11,7 +11,9 @@ from transkimmer.flops import EncoderShape, count_flops
 
 import transkimmer_kernels as tk
 from transkimmer_kernels.library import OPERATORS
+from transkimmer_kernels.ops.counting import pair_count
 
+from ..ops.cases import offsets
 from .tiny import ARCHITECTURES, KERNELS, no_dropout, padded_inputs, tiny, undecided_predictors
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -150,6 +152,23 @@ def test_of_a_fake_tensor_the_bound_is_counted() -> None:
             torch.ops.transkimmer.ragged_attention.reference(q, q, q, cu_seqlens, cu_seqlens, 5, 7, 1.0, None, False)
     assert linear.of_operators() == 2 * 10 * 4 * 6
     assert attention.of_operators() == 2 * 2 * (10 * 7) * 16
+
+
+def test_pairs_of_queries_with_keys_of_other_numbers() -> None:
+    """As in the last layer, where one token of each sequence asks."""
+
+    def counted(queries: tuple[int, ...], keys: tuple[int, ...]) -> int:
+        return pair_count(offsets(queries), offsets(keys), sum(queries), max(keys))
+
+    assert counted((1, 1), (5, 3)) == 8
+    assert counted((2, 0, 3), (4, 5, 1)) == 2 * 4 + 3 * 1
+
+
+def test_sequences_longer_than_the_padding_are_not_shortened() -> None:
+    shape, lengths = EncoderShape.of(BertConfig(), 768), torch.tensor([300, 10])
+    layers = lengths.expand(12, -1) // 2
+    padded = shape.dense_flops(torch.tensor([300, 256]))
+    assert shape.padded_flops_speedup(lengths, layers, 256) == padded / shape.skimming_flops(lengths, layers)
 
 
 @pytest.mark.parametrize("predictor", [96, 384])

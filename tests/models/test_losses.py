@@ -119,6 +119,15 @@ def test_no_warning_where_nothing_is_lost(quiet: Any) -> None:
             model(**padded_inputs())
 
 
+def test_a_tuple_without_a_loss_is_left_alone() -> None:
+    """Its first tensor is none that a loss could be added to."""
+    model, found = skimming().train(), []
+    for return_dict in (True, False):
+        with record_skimming():
+            found.append(model(**padded_inputs(), return_dict=return_dict)[0])
+    torch.testing.assert_close(*found)
+
+
 def test_two_texts_in_one_forward_count_as_their_mean() -> None:
     class Siamese(type(tiny("bert", "sequence"))):  # type: ignore[misc]
         def forward(self, input_ids: Tensor, other_ids: Tensor, labels: Tensor) -> SequenceClassifierOutput:

@@ -250,6 +250,15 @@ def test_calibration_reaches_the_wanted_speedup() -> None:
     assert evaluate_classifier(model, batches).flops_speedup < wanted
 
 
+def test_calibration_starts_from_the_models_own_threshold() -> None:
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(threshold=0.8)).eval()
+    undecided_predictors(model)
+    batches = [padded_inputs()]
+    wanted = evaluate(model, batches).flops_speedup * 1.1
+    assert calibrate(model, batches, wanted) < 0
+    assert wanted <= evaluate(model, batches).flops_speedup < 1.2 * wanted and model.skimming.config.threshold == 0.8
+
+
 @pytest.mark.parametrize(("field", "value"), [("decision", "sample"), ("schedule", [1.0, 0.5, 0.5])])
 def test_only_a_threshold_can_be_calibrated(field: str, value: object) -> None:
     model = add_skimming(tiny("bert", "sequence"), SkimConfig(**{field: value})).eval()

@@ -35,6 +35,18 @@ def test_the_result_has_the_widest_dtype(target: Target, alone: bool) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-2 if leaf.dtype == torch.bfloat16 else 1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["residual", "alone"])
+def test_parameters_do_not_narrow_the_sum(target: Target, alone: bool) -> None:
+    """A residual in fp32 keeps it in fp32, whatever the other operands are."""
+    x, weight, bias = (torch.randn(*shape, device=target.device).bfloat16() for shape in ((9, 48), (48,), (48,)))
+    residual = None if alone else torch.randn(9, 48, device=target.device)
+    y = target.call(tk.add_norm, x=x, residual=residual, weight=weight, bias=bias)
+    assert y.dtype == (torch.bfloat16 if alone else torch.float32)
+    total = x.float() if residual is None else x + residual
+    expected = F.layer_norm(total, (48,), weight.float(), bias.float(), 1e-12)
+    torch.testing.assert_close(y, expected.to(y.dtype), rtol=2e-2 if alone else 1e-4, atol=1e-2 if alone else 1e-4)
+
+
 def test_a_sum_is_rounded_before_it_is_normalised(target: Target) -> None:
     """As by PyTorch: the states that a layer leaves and those that it normalises are the same."""
     x = torch.full((1, 32), 256.0, device=target.device).bfloat16()

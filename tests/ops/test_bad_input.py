@@ -54,7 +54,7 @@ def _ints(*values: int) -> Tensor:
 # How an argument is broken -> (the broken argument, what the message must say of it).
 OFFSET_BREAKS: dict[str, tuple[Tensor, str]] = {
     "starts-late": (_ints(1, 3, 3, 5), "must start at 0, got 1"),
-    "decreases": (_ints(0, 4, 2, 5), "must not decrease, got 4 then 2 at entry 2"),
+    "decreases": (_ints(0, 4, 3, 5), "must not decrease, got 4 then 3 at entry 2"),
     "negative": (_ints(0, 0, 0, -3), "must not decrease, got 0 then -3 at entry 3"),
     "beyond-capacity": (_ints(0, 3, 3, 1000), "its last entry, 1000 tokens, exceeds the capacity of"),
     "empty": (_ints(), "expected batch \\+ 1 >= 1 entries"),
@@ -92,6 +92,26 @@ def _pairs(names: tuple[str, ...] | None, breaks: Any) -> list[Any]:
 def test_bad_offsets(target: Target, operator: str, name: str, how: str) -> None:
     broken, message = OFFSET_BREAKS[how]
     _refused(target, operator, {**_kwargs(operator), name: broken}, f"^{name}: {message}")
+
+
+@pytest.mark.operators("compact")
+def test_one_token_more_than_there_are_rows(target: Target) -> None:
+    kwargs = {"keep": torch.ones(5, dtype=torch.bool), "slots": _ints(*range(5)), "cu_seqlens": _ints(0, 3, 5)}
+    kept, _ = target.call(tk.compact, **{name: x.to(target.device) for name, x in kwargs.items()}, keep_first=True)
+    assert kept.tolist() == [0, 1, 2, 3, 4]
+    message = "^cu_seqlens: its last entry, 6 tokens, exceeds the capacity of 5 rows"
+    _refused(target, "compact", kwargs | {"cu_seqlens": _ints(0, 3, 6), "keep_first": True}, message)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("operator", ["ragged_linear_norm", "ragged_linear_norm_"])
+def test_a_residual_has_as_many_rows_as_its_product(target: Target, operator: str, change: int) -> None:
+    """Kernels would read behind the end of a shorter one."""
+    kwargs = _kwargs(operator)
+    kwargs |= {"residual_slots": None} if operator == "ragged_linear_norm" else {}
+    rows = kwargs["x"].size(0)
+    message = f"^residual: expected {rows} rows like x, got {rows + change}"
+    _refused(target, operator, kwargs | {"residual": torch.zeros(rows + change, 8)}, message)
 
 
 @pytest.mark.parametrize(("operator", "name", "how"), _pairs(LISTS, SLOT_BREAKS))
@@ -171,6 +191,7 @@ def test_list_on_another_device(target: Target, operator: str) -> None:
         ("encoder_layer_", {"max_seqlen": 2}, "^max_seqlen: must be at least the longest sequence, 3, got 2"),
         ("encoder_layer_", {"query_bias": torch.zeros(16)}, "^query_bias: needs query_weight, which is None"),
         ("encoder_layer_", {"query_weight": torch.zeros(16, 16)}, r"^qkv_weight: expected shape \[32, 16\], got"),
+        ("add_norm", {"bias": torch.zeros(16).bfloat16()}, "^bias: expected dtype torch.float32, got torch.bfloat16"),
         ("embed_tokens", {"input_ids": torch.tensor([[0, 1, 50]] * 3)}, r"^input_ids: must lie in \[0, 50\), .* to 50"),
         ("embed_tokens", {"position_ids": torch.tensor([[-1, 0, 0]])}, r"^position_ids: must lie in \[0, 6\), .* -1"),
         ("embed_tokens", {"token_type_ids": torch.full((3, 3), 2)}, r"^token_type_ids: must lie in \[0, 2\)"),
@@ -205,18 +226,23 @@ def test_operand_in_the_memory_that_is_written(target: Target, name: str) -> Non
     build = cases.ragged_linear_norm_
     kwargs = build(Source(torch.float32, target.device), LENGTHS, width=8, out=8)
     capacity, rows = kwargs["x"].size(0), kwargs["hidden"].size(0)
-    memory = torch.randn(rows + capacity, 8, device=target.device)
-    kwargs[name] = memory[rows:]
-    expected = target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": memory[:rows].clone()})
-    for begin in (rows - 1, 0):
-        with pytest.raises(ValueError, match=f"^{name}: shares memory with hidden, which is written"):
-            tk.ragged_linear_norm_(
-                **{**kwargs, "hidden": memory[:rows], name: memory[begin : begin + capacity]}, kernels=target.backend
-            )
+    memory = torch.randn((capacity + rows + capacity) * 8, device=target.device)
+
+    def part(begin: int, size: int) -> Tensor:
+        return memory[begin : begin + size * 8].view(size, 8)
+
+    hidden, front, behind = part(capacity * 8, rows), 0, (capacity + rows) * 8
     listed = kwargs["slots"][:5].long()
-    assert torch.equal(
-        target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": memory[:rows]})[listed], expected[listed]
-    )
+    for begin in (front + 1, capacity * 8, behind - 1):
+        with pytest.raises(ValueError, match=f"^{name}: shares memory with hidden, which is written"):
+            tk.ragged_linear_norm_(**{**kwargs, "hidden": hidden, name: part(begin, capacity)}, kernels=target.backend)
+    for begin in (front, behind):
+        kwargs[name] = part(begin, capacity)
+        expected = target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": hidden.clone()})
+        before = hidden.clone()
+        found = target.call(tk.ragged_linear_norm_, **{**kwargs, "hidden": hidden})
+        assert torch.equal(found[listed], expected[listed])
+        hidden.copy_(before)
 
 
 @pytest.mark.parametrize("operator", [name for name in CASES if any(x in LISTS + OFFSETS for x in _tensors(name))])
@@ -270,6 +296,15 @@ def test_nan_stays_in_its_row(target: Target, operator: str) -> None:
     assert y[2].isnan().all()
     others = [0, 1, 3, 4]
     assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.operators("choose_rows")
+def test_a_row_whose_weight_is_nan_is_the_layers(target: Target) -> None:
+    """It has to show: it would vanish among the skimmed ones."""
+    keep = torch.tensor([torch.nan, 1.0, 0.0], device=target.device)
+    hidden, final = (torch.full((3, 2), value, device=target.device) for value in (5.0, 7.0))
+    chosen = target.call(tk.choose_rows, keep=keep, hidden=hidden, final=final)
+    assert chosen[:, 0].tolist() == [5.0, 5.0, 7.0]
 
 
 @pytest.mark.operators("ragged_attention")

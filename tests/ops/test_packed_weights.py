@@ -183,6 +183,24 @@ def test_the_public_operators_take_packed_weights(name: str, form: str) -> None:
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_view_is_packed_by_value(form: str) -> None:
+    if not cpu_products._offers(form, torch.float32):
+        pytest.skip(f"no {form} on this machine")
+    weight, x = torch.randn(24, 16).T, torch.randn(5, 24)
+    torch.testing.assert_close(multiply(x, pack_weight(weight, form)), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "plain"])
+def test_packed_weights_are_not_differentiable(form: str) -> None:
+    if not cpu_products._offers(form, torch.float32):
+        pytest.skip(f"no {form} on this machine")
+    x, packed, cu_seqlens = torch.randn(3, 40), pack_weight(torch.randn(8, 40), form), torch.tensor([0, 3]).int()
+    tk.ragged_linear(x, packed, None, cu_seqlens, kernels="cpu")
+    with pytest.raises(RuntimeError, match="weight, packed: not differentiable; pass the matrix"):
+        tk.ragged_linear(x.requires_grad_(), packed, None, cu_seqlens, kernels="cpu")
+
+
 def test_packed_weights_of_another_shape_or_for_other_kernels_are_refused() -> None:
     x, cu_seqlens = torch.randn(3, 40), torch.tensor([0, 3], dtype=torch.int32)
     packed = pack_weight(torch.randn(8, 40), "panels")
@@ -190,5 +208,3 @@ def test_packed_weights_of_another_shape_or_for_other_kernels_are_refused() -> N
         tk.ragged_linear(x, packed, None, cu_seqlens, kernels="reference")
     with pytest.raises(ValueError, match=r"weight: expected shape \[\*, 41, \*\], got"):
         tk.ragged_linear(torch.randn(3, 41), packed, None, cu_seqlens, kernels="cpu")
-    with pytest.raises(RuntimeError, match="weight, packed: not differentiable; pass the matrix"):
-        tk.ragged_linear(x.requires_grad_(), packed, None, cu_seqlens, kernels="cpu")

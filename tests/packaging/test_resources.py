@@ -83,3 +83,20 @@ def test_the_library_is_small() -> None:
     if not path.is_file():
         pytest.skip(f"{path.name} was not built here")
     assert path.stat().st_size < 20 * 2**20
+
+
+def test_architectures_are_in_order_of_their_numbers() -> None:
+    lines = []
+    for architecture in ("sm_100a", "sm_90"):
+        lines += [f"arch = {architecture}", " Function kernel:", "  REG:10 STACK:0 SHARED:0 LOCAL:0"]
+    assert [usage.architecture for usage in resources.parse(lines)] == ["sm_90", "sm_100a"]
+
+
+@pytest.mark.parametrize("local", [0, 16])
+def test_a_spill_is_an_exit_status(
+    local: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resources, "why_not", lambda: None)
+    monkeypatch.setattr(resources, "read", lambda path: [Usage("kernel", "sm_90", 10, 0, local)])
+    assert resources.main([]) == bool(local)
+    assert ("16 bytes of local memory" in capsys.readouterr().out) == bool(local)

@@ -1,14 +1,18 @@
-"""What a judge of spans makes of several windows and of missing answers, and what evaluating leaves of the mode."""
+"""What a judge of spans makes of windows, of missing and of half right answers; what evaluating leaves of the mode."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from transkimmer import add_skimming
+from transkimmer.tasks import TASKS
 from transkimmer.training.evaluation import evaluate
-from transkimmer.windows import Question
+from transkimmer.training.judges import SpanJudge, best_spans
+from transkimmer.training.kinds import NO_ANSWER_THRESHOLD, kind_of
+from transkimmer.windows import Question, QuestionWindows
 
 from ..models.tiny import padded_inputs, tiny
+from ..models.words import word_tokenizer
 from .test_squad import judged, question
 
 
@@ -39,6 +43,38 @@ def test_nothing_is_said_of_a_kind_of_questions_that_there_is_none_of(
     questions: list[Question], names: set[str]
 ) -> None:
     assert set(judged(questions, {}, 0.0, unanswerable=True).metrics()) == {"f1", "exact_match", *names}
+
+
+def test_half_right_answers_and_missing_ones_have_figures_of_their_own() -> None:
+    questions = [question(answer="sad dog sleeps"), Question("none", "dog", "cat runs")]
+    judge = judged(questions, {2: ("sad dog", 5.0)}, 4.0, unanswerable=True)
+    assert judge.predictions == {"q": "sad dog", "none": ""}
+    metrics = {"f1": 0.9, "exact_match": 0.5, "f1_answerable": 0.8, "f1_unanswerable": 1.0}
+    assert judge.metrics() == pytest.approx(metrics)
+
+
+def test_a_judge_has_the_models_own_threshold() -> None:
+    kind, model = kind_of(TASKS["squad2"]), tiny("bert", "qa")
+    windows = QuestionWindows([question()], word_tokenizer(), 10, 2)
+    assert kind.judge(windows, model).threshold == 0.0
+    setattr(model.config, NO_ANSWER_THRESHOLD, -2.5)
+    assert kind.judge(windows, model).threshold == -2.5
+
+
+def test_a_space_in_front_of_a_token_is_no_part_of_the_answer() -> None:
+    """Byte-level tokenizers have it within the offsets of a word."""
+    windows = QuestionWindows([question("dog runs", "runs")], word_tokenizer(), 10, 2)
+    windows.offsets[0] = torch.tensor([[0, 3], [3, 8]], dtype=torch.int32)
+    answer = SpanJudge(windows, unanswerable=False)._answer(0, 1.0, 1, 1)
+    assert (answer.text, answer.start, answer.end) == ("runs", 4, 8)
+
+
+@pytest.mark.parametrize(("last", "found"), [(29, (0, 29)), (30, (0, 1))])
+def test_an_answer_has_at_most_thirty_tokens(last: int, found: tuple[int, int]) -> None:
+    start, end = torch.full((2, 1, 40), -5.0)
+    start[0, 0], end[0, last], end[0, 1] = 9.0, 9.0, 2.0
+    _, starts, ends = best_spans(start, end, torch.ones(1, 40, dtype=torch.bool))
+    assert (int(starts[0, 0]), int(ends[0, 0])) == found and starts.size(1) == 20
 
 
 @pytest.mark.parametrize("training", [True, False])

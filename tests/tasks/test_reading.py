@@ -123,6 +123,7 @@ def test_the_sentences_that_come_along() -> None:
         ("rte", PAIR_HEADER + "0\ta\tb\tmaybe\n", r"line 2: label 'maybe': must be one of entailment, not_entailment"),
         ("yelp", "stars\ttext\n0\tx\n", r"line 2: label '0': must be one of 1, 2, 3, 4, 5"),
         ("stsb", "score\tsentence1\tsentence2\n5.1\ta\tb\n", r"line 2: score '5.1': must be a number from 0 to 5"),
+        ("stsb", "score\tsentence1\tsentence2\n-0.1\ta\tb\n", r"line 2: score '-0.1': must be a number from 0 to 5"),
         ("stsb", "score\tsentence1\tsentence2\nnan\ta\tb\n", r"line 2: score 'nan': must be a number from 0 to 5"),
         ("cola", "gj04\t1\t\n", r"line 1: has 3 columns, but CoLA needs 4"),
         ("cola", "", r"train\.tsv: has no rows"),
@@ -163,6 +164,9 @@ def test_development_rows_of_a_file_that_holds_both_are_left_out(tmp_path: Path)
     with pytest.warns(UserWarning, match=f"{path}: 1 rows left out, which are development rows in {dev}"):
         assert load_split(TASKS["mrpc"], "train", tmp_path) == [examples[0], examples[2]]
     assert len(load_split(TASKS["mrpc"], "dev", tmp_path)) == 1
+    write(tmp_path, "dev.tsv", header + rows[0])  # another pair begins with the same text
+    with pytest.warns(UserWarning, match="1 rows left out"):
+        assert load_split(TASKS["mrpc"], "train", tmp_path) == examples[1:]
     write(tmp_path, "train.tsv", header + rows[1])  # GLUE's own is taken as it is
     assert load_split(TASKS["mrpc"], "train", tmp_path) == [examples[1]]
 
@@ -241,6 +245,8 @@ def test_metrics() -> None:
     assert score(numbers, numbers**3, ("spearman",)) == {"spearman": pytest.approx(1.0)}
     assert score(numbers, 2 * numbers + 1, ("pearson",)) == {"pearson": pytest.approx(1.0)}
     assert score(numbers, torch.ones(4), ("pearson", "spearman")) == {"pearson": 0.0, "spearman": 0.0}
+    far = score(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 30.0]), ("pearson", "spearman"))
+    assert far == pytest.approx({"pearson": 0.8101, "spearman": 1.0}, abs=1e-4)
 
 
 def test_a_single_row_correlates_with_nothing() -> None:

@@ -1,26 +1,28 @@
-"""What a run gives to its stages, and how its stages train."""
+"""What a run reads its rows for, what it gives to its stages, and how its stages train."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from transkimmer import add_skimming
+from transkimmer import SkimConfig, add_skimming
 from transkimmer.data import TokenizedExamples
 from transkimmer.tasks import TASKS
-from transkimmer.training import evaluation, run, training_forward_difference
+from transkimmer.training import run
+from transkimmer.training.kinds import Rows
+from transkimmer.training.output import summary
 from transkimmer.training.recipe import Recipe, recipe_of
-from transkimmer.training.run import hold_out, lessons_of
+from transkimmer.training.run import Run, hold_out, lessons_of
 from transkimmer.training.stages import _arguments
 
-from ..models.tiny import padded_inputs, tiny
+from ..models.tiny import padded_inputs, tiny, undecided_predictors
 from ..models.words import word_tokenizer
 from .test_commands import backbone, data, train
 
@@ -114,25 +116,99 @@ def test_a_dense_fine_tune_of_16_bits_is_trained_in_32(tmp_path: Path, data: Pat
     assert (document["dense"], document["backbone"]) == (str(tmp_path / "dense"), None)
 
 
+# Rows
+
+
 def test_no_more_rows_are_held_out_than_calibration_needs() -> None:
     rows = range(50_000)
     trained_on, held_out = hold_out(rows, recipe_of("corrected", TASKS["sst2"]))
     assert len(held_out) == 2000 and sorted([*trained_on, *held_out]) == list(rows)
 
 
-def test_a_training_forward_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any batch, before or behind others that are."""
-    forward = evaluation._training_forward
-    for bad in (0, 1):
-        calls: list[Any] = []
+@pytest.mark.parametrize("mode", ["corrected", "dense"])
+def test_which_rows_a_run_reads_for_what(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is chosen by development rows, and nothing is trained on those that it is chosen by."""
+    splits = {"train": [f"train {number}" for number in range(20)], "dev": ["dev 0", "dev 1"]}
+    seen: list[tuple[Any, ...]] = []
 
-        def poisoned(model: Any, inputs: Any, bad: int = bad, calls: list[Any] = calls) -> Any:
-            calls.append(forward(model, inputs))
-            if len(calls) - 1 == bad:
-                calls[-1].logits[0, 0] = math.nan
-            return calls[-1]
+    def noted(name: str, found: Any) -> Any:
+        """A method that gives `found` and notes what it got, of rows the texts."""
 
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "_training_forward", poisoned)
-            found = training_forward_difference(add_skimming(tiny("bert", "sequence")), [padded_inputs()] * 2)
-        assert len(calls) == 2 and math.isnan(found.max_difference) and math.isfinite(found.max_logit)
+        def method(job: Any, *given: Any) -> Any:
+            seen.append((name, *(each.features if isinstance(each, Rows) else each for each in given)))
+            return found
+
+        return method
+
+    def rows_of(job: Run, examples: Any, *rest: Any) -> Rows:
+        return Rows(examples, [{"attention_mask": torch.ones(len(examples), 4)}])
+
+    loaded = SimpleNamespace(from_pretrained=lambda start: None)
+    monkeypatch.setattr(run, "AutoTokenizer", loaded)
+    monkeypatch.setattr(run, "AutoConfig", loaded)
+    monkeypatch.setattr(run, "load_split", lambda task, split, data: splits[split])
+    monkeypatch.setattr(run, "save_whole", lambda *given: None)
+    monkeypatch.setattr(run, "kind_of", lambda *given: SimpleNamespace(fit=lambda *rest: noted("fit", {})(None, *rest)))
+    monkeypatch.setattr(Recipe, "check_speedup", lambda recipe, config, lengths: seen.append(("check", len(lengths))))
+    monkeypatch.setattr(Run, "rows_of", rows_of)
+    monkeypatch.setattr(Run, "dense_model", noted("train", "dense"))
+    monkeypatch.setattr(Run, "skimming_model", noted("train", "skimming"))
+    monkeypatch.setattr(Run, "_calibrate", noted("calibrate", {}))
+    monkeypatch.setattr(Run, "judged", noted("judge", SimpleNamespace(to_dict=dict)))
+    monkeypatch.setattr(Run, "_by_decision", lambda job, model, rows: rows.features)
+    monkeypatch.setattr(Run, "_write", lambda job, figures: figures)
+    recipe = recipe_of(mode, TASKS["sst2"], held_out=0.25)
+    train, held_out = hold_out(splits["train"], recipe)
+    figures = Run(TASKS["sst2"], recipe, "backbone", tmp_path).carry_out()
+    of_dense = [("train", train, None), ("fit", "dense", held_out), ("judge", "dense", splits["dev"])]
+    of_skimming = [("train", "dense", train, None), ("calibrate", "skimming", held_out), ("fit", "skimming", held_out)]
+    assert seen == [("check", len(held_out)), *of_dense, *(of_skimming if mode == "corrected" else [])]
+    if mode == "corrected":
+        assert (figures["held_out"], figures["dev"]) == (held_out, splits["dev"])
+
+
+# Decisions
+
+
+def test_figures_by_decision_are_of_that_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws are the same ones in a resumed run."""
+    job = Run(TASKS["sst2"], recipe_of("published", TASKS["sst2"], seed=5), "backbone", tmp_path)
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(decision="sample"))
+
+    def judged(job: Run, model: Any, rows: Any) -> Any:
+        found = model.skimming.config.decision, float(torch.rand(()))
+        return SimpleNamespace(to_dict=lambda: found)
+
+    monkeypatch.setattr(Run, "judged", judged)
+    torch.manual_seed(5)
+    number = float(torch.rand(()))
+    for _ in range(2):
+        found = job._by_decision(model, None)
+        assert found["threshold"][0] == "threshold" and found["sample"] == ("sample", number)
+    assert model.skimming.config.decision == "sample"
+
+
+def test_calibration_to_draws_aims_at_what_they_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Run(TASKS["sst2"], recipe_of("corrected", TASKS["sst2"], calibration="sampled"), "backbone", tmp_path)
+    model = add_skimming(tiny("bert", "sequence"), SkimConfig(decision="sample")).eval()
+    undecided_predictors(model)
+    wanted: list[tuple[str, float]] = []
+
+    def calibrate(model: Any, batches: Any, flops_speedup: float) -> float:
+        wanted.append((model.skimming.config.decision, flops_speedup))
+        return 0.25
+
+    monkeypatch.setattr(run, "calibrate", calibrate)
+    monkeypatch.setattr(Run, "_sampled", lambda job, model, rows: SimpleNamespace(flops_speedup=1.625))
+    report = job._calibrate(model, Rows([], [padded_inputs()]))
+    assert wanted == [("threshold", 1.625)] and (report["flops_speedup"], report["shift"]) == (1.625, 0.25)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("published", 0.25), ("corrected", 0.5)])
+def test_the_summary_is_of_the_modes_decision(mode: str, value: float) -> None:
+    figures = {
+        name: {"metrics": {"accuracy": number}, "flops_speedup": 2.0, "tokens_kept": 0.5}
+        for name, number in (("threshold", 0.5), ("sample", 0.25))
+    }
+    document = {"task": "rte", "recipe": recipe_of(mode, TASKS["rte"]).to_dict(), "dev": figures}
+    assert summary(document).startswith(f"RTE, {mode}: accuracy {value:.4f} at FLOPs ×2.00")

@@ -78,6 +78,7 @@ def changed(**keys: Any) -> dict[str, Any]:
             r"'cat' is not at 'answer_start' 15, where ' ca' stands",
         ),
         (changed(answers=[{"text": "cat", "answer_start": -26}]), r"'cat' is not at 'answer_start' -26"),
+        (changed(answers=[{"text": "dog", "answer_start": -1}]), r"'dog' is not at 'answer_start' -1"),  # it begins so
         (changed(answers=[{"text": "", "answer_start": 0}]), r"'' is not at 'answer_start' 0"),
         (changed(is_impossible=True), r"'is_impossible' is True, but it has 1 answers"),
         (changed(is_impossible=False, answers=[]), r"'is_impossible' is False, but it has 0 answers"),
@@ -136,6 +137,20 @@ def test_windows_overlap_and_know_their_answers() -> None:
 def test_answers_within_a_word_take_the_whole_word() -> None:
     windows = QuestionWindows([question("dog unhappy runs", "happy")], word_tokenizer(), 12, 0)
     assert windows.positions == [(6, 6)]  # "un", "##happy": the piece that holds it
+
+
+@pytest.mark.parametrize(("answer", "tokens"), [("dog", (4, 4)), ("cat", (8, 8)), ("dog runs. happy cat", (4, 8))])
+def test_an_answer_may_begin_and_end_a_window(answer: str, tokens: tuple[int, int]) -> None:
+    windows = QuestionWindows([question("dog runs. happy cat", answer)], word_tokenizer(), 10, 2)
+    assert windows.positions == [tokens]
+
+
+def test_questions_of_later_chunks_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transkimmer.windows._CHUNK", 2)
+    questions = [question("cat runs", answer) for answer in ("cat", "runs", "cat", "runs", "runs")]
+    windows = QuestionWindows(questions, word_tokenizer(), 10, 2)
+    assert windows.question_of == windows.labels == [0, 1, 2, 3, 4]
+    assert windows.positions == [(4, 4), (5, 5), (4, 4), (5, 5), (5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,9 @@ def test_the_best_threshold_is_that_of_a_full_search() -> None:
         ("The  Cat!", ["a cat"], False, (1.0, 1.0)),
         ("happy cat", ["sad cat", "dog"], False, (0.0, 0.5)),
         ("cat cat dog", ["cat"], False, (0.0, 0.5)),
+        ("cat cat", ["cat cat dog"], False, (0.0, 0.8)),  # each as often as it is in both
+        ("an owl", ["Owl"], False, (1.0, 1.0)),
+        ("happy cat", ["dog", "Happy cat."], False, (1.0, 1.0)),  # the best of the answers, wherever it stands
         ("", ["cat"], True, (0.0, 0.0)),
         ("", [], True, (1.0, 1.0)),
         ("cat", [], True, (0.0, 0.0)),
