@@ -284,7 +284,7 @@ def run(folder: Path, *options: object) -> int:
     return main(["bench", "model", *map(str, [*workload_options, *rest, *options])])
 
 
-@pytest.mark.usefixtures("one_day")
+@pytest.mark.usefixtures("one_day", "memory_calls")
 def test_rows_are_stored_by_device_day_and_commit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

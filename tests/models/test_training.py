@@ -29,6 +29,9 @@ from .tiny import ARCHITECTURES, KERNELS, no_dropout, padded_inputs, relative_er
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 LABELS = torch.tensor([0, 1, 1, 0])
+CALIBRATES = (
+    "calibration evaluates dozens of times, which takes Triton's interpreter a minute; another test does it there"
+)
 
 
 @every_architecture
@@ -250,6 +253,7 @@ def test_calibration_reaches_the_wanted_speedup() -> None:
     assert evaluate_classifier(model, batches).flops_speedup < wanted
 
 
+@pytest.mark.default_kernels(CALIBRATES)
 def test_calibration_starts_from_the_models_own_threshold() -> None:
     model = add_skimming(tiny("bert", "sequence"), SkimConfig(threshold=0.8)).eval()
     undecided_predictors(model)
@@ -266,6 +270,7 @@ def test_only_a_threshold_can_be_calibrated(field: str, value: object) -> None:
         calibrate(model, [{**padded_inputs(), "labels": LABELS}], 1.5)
 
 
+@pytest.mark.default_kernels(CALIBRATES)
 def test_calibration_refuses_what_it_cannot_aim_at() -> None:
     model, batch = add_skimming(tiny("bert", "sequence")).eval(), {**padded_inputs(), "labels": LABELS}
     undecided_predictors(model)
